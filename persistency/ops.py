@@ -1,0 +1,109 @@
+"""The words everyone here speaks: the operations a caller posts and the rows that come back.
+
+Rules:
+  1. Operations are frozen values; making one checks nothing. `Job.persist` and `Job.commit` check them, in the
+     caller's thread.
+  2. A key is a `Key`, or a tuple of its parts that is encoded when the operation is posted.
+  3. What comes back is immutable, and its keys are always `Key`s.
+
+Doesn't know: how anything is stored, posted or encoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from persistency.codec.keys import Key, KeyRange, as_key
+
+KeyLike: TypeAlias = Key | tuple[Any, ...]
+Payload: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Store `payload` under `key`, whatever was there. Payload: any bytes-like object, empty allowed, up to 256 MiB."""
+
+    category: str
+    key: KeyLike
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Remove one row; a missing one is fine."""
+
+    category: str
+    key: KeyLike
+
+
+@dataclass(frozen=True, slots=True)
+class DeletePrefix:
+    """Remove the row of the key `prefix` and those of all its children. An empty prefix is refused."""
+
+    category: str
+    prefix: KeyLike
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRange:
+    """Remove the rows from `key_range.start` up to, not including, `key_range.stop`. Unbounded is refused."""
+
+    category: str
+    key_range: KeyRange
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Require that the row's version is `version` (`None`: that there is no row), or the whole batch fails.
+
+    Checks look at the state before their batch, wherever in the batch they stand.
+    """
+
+    category: str
+    key: KeyLike
+    version: int | None
+
+
+Op: TypeAlias = Put | Delete | DeletePrefix | DeleteRange | Check
+
+
+class Row(NamedTuple):
+    """What a scan gives: a key and its payload."""
+
+    key: Key
+    payload: bytes
+
+
+class Entry(NamedTuple):
+    """A row with all that is kept of it.
+
+    `version` is the version of its last write; `expires_ms` the Unix time in milliseconds at which it ends, or `None`.
+    """
+
+    key: Key
+    payload: bytes
+    version: int
+    expires_ms: int | None
+
+
+class Found(dict[Key, bytes]):
+    """The answer of `get_many`: payloads by `Key`, in the order asked, the missing left out.
+
+    Looking up a tuple works too: it is encoded first. (As dict keys, `(1,)` and `(True,)` would be one; as
+    keys of a job they are two.)
+    """
+
+    __slots__ = ()
+
+    def __missing__(self, wanted: object) -> bytes:
+        if isinstance(wanted, tuple):
+            return self[as_key(wanted)]
+        raise KeyError(wanted)
+
+    def __contains__(self, wanted: object) -> bool:
+        return super().__contains__(as_key(wanted) if isinstance(wanted, tuple) else wanted)
+
+    def get(self, wanted: KeyLike, default: Any = None) -> Any:
+        """Return the payload of a `Key` or a tuple, or `default` if it is not among the rows found."""
+        return super().get(as_key(wanted) if isinstance(wanted, tuple) else wanted, default)

@@ -1,0 +1,225 @@
+"""A job's files: names that can't escape, modes whatever the umask, links refused, one owner at a time.
+
+For a job id there are, side by side in the root, `<name>.db`, SQLite's own `<name>.db-wal`, `-shm` and `-journal`,
+and `<name>.lock`, which carries the owner's OS lock and process id.
+
+Rules:
+  1. `<name>` keeps `[a-z0-9_-]` and inner dots; every other byte of the id's UTF-8 is `%XX`. So two ids never
+     meet in one file, also where names ignore case; a name that some systems reserve gets its first byte escaped.
+  2. The lock is a file of its own: closing any descriptor of a database file drops SQLite's POSIX locks.
+  3. Nothing that isn't a regular file with one name is ever opened, and nothing of a job's is opened by `open()`
+     while a connection may be using it.
+
+Doesn't know: SQL, threads, what is in the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from persistency.errors import Corrupt, JobLocked, Misuse, Unavailable
+
+FILE_NAME_BYTES_MAX = 200
+SIDECARS = ("-wal", "-shm", "-journal")
+
+_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
+_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in "0123456789")]
+)
+
+
+def file_name(job_id: str) -> str:
+    """Return the name of a job's database file, with its `.db`.
+
+    Raises `Misuse` for an id that isn't text, is empty, can't be written as UTF-8, or gives too long a name.
+    """
+    if not isinstance(job_id, str):
+        raise Misuse(f"job_id must be a str, not {type(job_id).__name__}: pass the id as text")
+    if not job_id:
+        raise Misuse("job_id is empty: pass a text of at least one character, or none for a fresh id")
+    try:
+        data = job_id.encode()
+    except UnicodeEncodeError as error:
+        raise Misuse(f"job_id {job_id!r} holds a lone surrogate: pass text that can be written as UTF-8") from error
+    last = len(data) - 1
+    name = "".join(
+        chr(byte) if byte in _PLAIN or (byte == 0x2E and 0 < place < last) else f"%{byte:02X}"
+        for place, byte in enumerate(data)
+    )
+    if name.partition(".")[0] in _RESERVED:
+        name = f"%{data[0]:02X}{name[1:]}"
+    if len(name) + 3 > FILE_NAME_BYTES_MAX:
+        raise Misuse(
+            f"job_id is too long: its file name would have {len(name) + 3} bytes, at most {FILE_NAME_BYTES_MAX} are "
+            "allowed (every byte outside [a-z0-9_-] takes three): pass a shorter id, or a hash of it"
+        )
+    return name + ".db"
+
+
+def job_id_of(name: str) -> str | None:
+    """Return the id whose file is called `name`, or `None` if that is no job's file."""
+    if not name.endswith(".db"):
+        return None
+    try:
+        job_id = unquote_to_bytes(name[:-3]).decode()
+        return job_id if file_name(job_id) == name else None
+    except (UnicodeDecodeError, Misuse):
+        return None
+
+
+def real_root(root: str | os.PathLike[str]) -> Path:
+    """Return the root as an absolute path without links. Raises `Misuse` if it is, or lies under, a file."""
+    try:
+        path = Path(os.path.realpath(root))
+        if os.path.lexists(path) and not path.is_dir():
+            raise Misuse(f"root {os.fspath(root)!r} is a file: pass a directory, existing or not")
+        for parent in path.parents:
+            if os.path.lexists(parent):
+                if not parent.is_dir():
+                    raise Misuse(f"root {os.fspath(root)!r} lies under the file {str(parent)!r}: pass a directory")
+                break
+    except (OSError, ValueError) as error:
+        raise Misuse(f"root {root!r} can't be used: {error}: pass the path of a directory") from error
+    return path
+
+
+def make_root(path: Path) -> None:
+    """Create the root directory with mode 0700, and what is missing above it; leave an existing one alone."""
+    if path.is_dir():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+            path.chmod(0o700)  # the umask may have taken bits away
+    except OSError as error:
+        raise Unavailable(f"can't create the root {str(path)!r}: {error}") from error
+
+
+def sidecars(path: Path) -> list[Path]:
+    """Return the paths SQLite may use beside the database file."""
+    return [path.with_name(path.name + suffix) for suffix in SIDECARS]
+
+
+def check_regular(path: Path) -> bool:
+    """Return whether the file exists. Raises `Unavailable` if it is anything but a regular file with one name."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise Unavailable(f"{str(path)!r} can't be looked at: {error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise Unavailable(f"{str(path)!r} is {kind}, not a job's file", hint="Move it away; nothing was touched.")
+    if found.st_nlink > 1:
+        raise Unavailable(f"{str(path)!r} has {found.st_nlink} names (hard links)", hint="Keep a copy, not a link.")
+    return True
+
+
+def prepare(path: Path) -> bool:
+    """Make sure the database file is there, ours alone to open, mode 0600. Returns whether it is a new one."""
+    left = [beside for beside in sidecars(path) if check_regular(beside)]
+    if check_regular(path):
+        return path.stat().st_size == 0
+    if any(beside.stat().st_size for beside in left if beside.name.endswith("-wal")):
+        raise Corrupt(
+            f"{str(path)!r} is gone, but its write-ahead log is still there",
+            hint="Bring the file back, or clear the rest away with drop_job(job_id).",
+        )
+    for beside in left:
+        beside.unlink()
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(handle, 0o600)
+        finally:
+            os.close(handle)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise Unavailable(f"can't create {str(path)!r}: {error}") from error
+    return True
+
+
+def sync_directory(path: Path) -> None:
+    """Bring a directory's entries onto the medium: without it a power cut can take a new file's name."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Claim:
+    """The ownership of one job by this process: an exclusive OS lock on a file of its own, held until `release`."""
+
+    def __init__(self, database: Path) -> None:
+        self.path = database.with_suffix(".lock")
+        self._handle = self._take()
+
+    def _take(self) -> int:
+        while True:
+            check_regular(self.path)
+            try:
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise Unavailable(f"can't open the lock file {str(self.path)!r}: {error}") from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever dropped the job has unlinked the file we opened: the name now means another one.
+                if self._still_named(handle):
+                    os.fchmod(handle, 0o600)
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, b"%d\n" % os.getpid(), 0)
+                    return handle
+            except OSError as error:
+                owner = _read_pid(handle)
+                os.close(handle)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise Unavailable(f"can't lock {str(self.path)!r}: {error}") from error
+                name = f"process {owner}" if owner else "another process"
+                raise JobLocked(f"the job of {str(self.path)!r} is owned by {name}", owner) from None
+            os.close(handle)
+
+    def _still_named(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self.path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Give the job up; a second call is nothing."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            os.close(handle)
+
+
+def _read_pid(handle: int) -> int | None:
+    try:
+        return int(os.pread(handle, 32, 0))
+    except (OSError, ValueError):
+        return None
+
+
+def remove(path: Path) -> list[Path]:
+    """Delete a job's files; return those that were there. The caller owns the job's `Claim`.
+
+    The database goes first: from then on the job is gone, whatever happens to the rest.
+    """
+    removed = []
+    for file in (path, *sidecars(path), path.with_suffix(".lock")):
+        try:
+            file.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise Unavailable(f"can't delete {str(file)!r}: {error}") from error
+        removed.append(file)
+    return removed

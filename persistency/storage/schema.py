@@ -1,0 +1,221 @@
+"""The file format: what a job's SQLite file holds, how it is opened, checked and brought up to date.
+
+Format 2 (`PRAGMA user_version`), readable by any SQLite tool:
+
+    kv       one row per key: category, key, payload, version of its last write, expires_ms or NULL
+    meta     by name: job_id (the true id), last_version, clean (1: closed in order), syncs (a counter that
+             a sync barrier changes, because an unchanged page would not be written)
+
+Format 1 is the Nim original's: kv without version and expires_ms, no meta. It is migrated in place.
+
+Rules:
+  1. A file is looked at before anything in it is changed; one that isn't ours, or too new, stays as it was.
+  2. Only the tables and the index above are ours: a file with any other table, index, trigger or view is refused.
+  3. All of SQLite's defences are on, and there is no way to reach it with SQL from outside.
+  4. Migrations are a declared list; those that are needed run in one transaction.
+
+Doesn't know: groups, versions beyond the stored number, threads.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import apsw
+
+from persistency.errors import Corrupt, DiskFull, SchemaTooNew, StorageError, Unavailable
+from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
+
+FORMAT = 2
+PAGE_BYTES = 4096
+BUSY_MS = 5000
+
+_KV = """
+CREATE TABLE kv (category BLOB NOT NULL, key BLOB NOT NULL, payload BLOB NOT NULL,
+                 version INTEGER NOT NULL DEFAULT 0, expires_ms INTEGER,
+                 PRIMARY KEY (category, key)) WITHOUT ROWID;
+"""
+_KV_1_TO_2 = """
+ALTER TABLE kv ADD COLUMN version INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE kv ADD COLUMN expires_ms INTEGER;
+"""
+_REST = """
+CREATE INDEX kv_expires ON kv (expires_ms) WHERE expires_ms IS NOT NULL;
+CREATE TABLE meta (name TEXT NOT NULL PRIMARY KEY, value) WITHOUT ROWID;
+INSERT INTO meta VALUES ('last_version', 0), ('clean', 1), ('syncs', 0);
+"""
+# From each format the statements that lead to the next one known; an empty file is format 0.
+MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
+
+# Name, declared type, NOT NULL, place in the primary key; hidden columns don't occur.
+_COLUMNS_1 = [("category", "BLOB", 1, 1), ("key", "BLOB", 1, 2), ("payload", "BLOB", 1, 0)]
+_COLUMNS_2 = [*_COLUMNS_1, ("version", "INTEGER", 1, 0), ("expires_ms", "INTEGER", 0, 0)]
+_OBJECTS = {1: {("table", "kv")}, 2: {("table", "kv"), ("index", "kv_expires"), ("table", "meta")}}
+_COLUMNS = {1: _COLUMNS_1, 2: _COLUMNS_2}
+
+_SWITCHES = (
+    (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),
+    (apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0),
+    (apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0),
+    (apsw.SQLITE_DBCONFIG_ENABLE_VIEW, 0),
+    (apsw.SQLITE_DBCONFIG_DQS_DML, 0),
+    (apsw.SQLITE_DBCONFIG_DQS_DDL, 0),
+    (apsw.SQLITE_DBCONFIG_ENABLE_ATTACH_CREATE, 0),
+    (apsw.SQLITE_DBCONFIG_ENABLE_ATTACH_WRITE, 0),
+    # Until the file is known to be ours, closing it must not carry somebody else's log over.
+    (apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1),
+)
+_LIMITS = (
+    (apsw.SQLITE_LIMIT_ATTACHED, 0),
+    (apsw.SQLITE_LIMIT_LENGTH, PAYLOAD_BYTES_MAX + 1024 * 1024),
+    (apsw.SQLITE_LIMIT_SQL_LENGTH, 100_000),
+    (apsw.SQLITE_LIMIT_EXPR_DEPTH, 20),
+    (apsw.SQLITE_LIMIT_TRIGGER_DEPTH, 1),
+)
+
+_FULL = (apsw.FullError,)
+_CORRUPT = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
+_UNAVAILABLE = (apsw.BusyError, apsw.LockedError, apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError)
+
+
+def translated(error: Exception, doing: str) -> StorageError:
+    """Return our error for one of SQLite's, with it as the cause."""
+    code = getattr(error, "extendedresult", 0)
+    kind: type[StorageError] = StorageError
+    if isinstance(error, _FULL):
+        kind = DiskFull
+    elif isinstance(error, _CORRUPT) or code in (apsw.SQLITE_IOERR_DATA, apsw.SQLITE_IOERR_CORRUPTFS):
+        kind = Corrupt
+    elif isinstance(error, _UNAVAILABLE):
+        kind = Unavailable
+    mine = kind(f"{doing}: {error}", code)
+    mine.__cause__ = error
+    return mine
+
+
+def connect(path: Path, durability: Durability, vfs: str | None = None) -> apsw.Connection:
+    """Open a job's database file and bring it to the current format.
+
+    Raises `Corrupt` for a file that isn't ours, `SchemaTooNew` for one from a newer release (both untouched), and
+    the other storage errors for what the system refuses.
+    """
+    try:
+        connection = apsw.Connection(
+            str(path),
+            flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOFOLLOW,
+            # Named: a loaded extension may have changed the process' default.
+            vfs=vfs or ("win32" if os.name == "nt" else "unix"),
+            statementcachesize=64,
+        )
+    except apsw.Error as error:
+        raise translated(error, f"can't open {str(path)!r}") from error
+    try:
+        _defend(connection)
+        found = _recognise(connection, path)
+        _set_up(connection, path, durability)
+        if found != FORMAT:
+            migrate(connection, found)
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+    except apsw.Error as error:
+        connection.close()
+        raise translated(error, f"can't open {str(path)!r}") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _defend(connection: apsw.Connection) -> None:
+    for switch, value in _SWITCHES:
+        connection.config(switch, value)
+    for limit, value in _LIMITS:
+        connection.limit(limit, value)
+    connection.set_busy_timeout(BUSY_MS)
+    connection.pragma("cell_size_check", 1)
+    connection.pragma("mmap_size", 0)
+
+
+def _recognise(connection: apsw.Connection, path: Path) -> int:
+    """Return the file's format (0: an empty file), reading only."""
+    found = int(connection.pragma("user_version"))
+    if found > FORMAT:
+        raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
+    names = connection.execute("SELECT type, name FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'").fetchall()
+    objects = {(kind, name) for kind, name in names}
+    if found == 0 and not objects:
+        return 0
+    columns = [
+        (name, kind, notnull, place)
+        for name, kind, notnull, place, hidden in connection.execute(
+            "SELECT name, type, \"notnull\", pk, hidden FROM pragma_table_xinfo('kv')"
+        )
+        if not hidden
+    ]
+    if found <= 0 or objects != _OBJECTS[found] or columns != _COLUMNS[found]:
+        strange = sorted(f"{kind} {name}" for kind, name in objects - _OBJECTS.get(found, set()))
+        raise Corrupt(
+            f"{str(path)!r} isn't a job's file: format {found}, "
+            + (f"has {', '.join(strange)}" if strange else "other columns"),
+            hint="It was left untouched. Move it away, or choose another job id or root.",
+        )
+    return found
+
+
+def _set_up(connection: apsw.Connection, path: Path, durability: Durability) -> None:
+    mode = connection.pragma("journal_mode", "wal")
+    if mode != "wal":
+        raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
+    connection.pragma("wal_autocheckpoint", 0)  # it runs inside COMMIT and can make a committed write look failed
+    connection.pragma("temp_store", "memory")
+    connection.pragma("synchronous", "full" if durability == "power" else "normal")
+
+
+def migrate(connection: apsw.Connection, found: int) -> None:
+    """Bring a file of an older format to the current one, in one transaction."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        while found != FORMAT:
+            found, statements = MIGRATIONS[found]
+            connection.execute(statements)
+        connection.pragma("user_version", FORMAT)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    # The tables must not hang on a log file alone: without it there would be nothing to read.
+    connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+
+def is_format_1(path: Path, vfs: str | None = None) -> bool:
+    """Return whether a file is the Nim original's, and leave it in one piece, with no log beside it, if it is."""
+    try:
+        connection = apsw.Connection(
+            str(path), flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOFOLLOW, vfs=vfs or "unix"
+        )
+    except apsw.Error:
+        return False
+    try:
+        _defend(connection)
+        if _recognise(connection, path) != 1:
+            return False
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    except (apsw.Error, Corrupt, SchemaTooNew):
+        return False
+    finally:
+        connection.close()
+    return True
+
+
+def check_job_id(connection: apsw.Connection, job_id: str, path: Path) -> None:
+    """Hold the id in the file against the one asked for; write it into a new file."""
+    stored = connection.execute("SELECT value FROM meta WHERE name = 'job_id'").fetchone()
+    if stored is None:
+        connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
+    elif stored[0] != job_id:
+        raise Corrupt(
+            f"{str(path)!r} belongs to job {stored[0]!r}, not {job_id!r}",
+            hint="Files can't be renamed into another job; bring back the right file.",
+        )
