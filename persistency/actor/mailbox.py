@@ -1,0 +1,405 @@
+"""The mailbox: a bounded first-in-first-out line of messages, many posters, one taker at a time.
+
+Messages wait in one flat list, three places each (the group layout of `storage.port`), so that a queued put costs
+three pointers. Whoever holds the *turn* takes the whole list as one group: normally the worker; but a caller whose
+request finds the list empty and the turn free takes the turn and is answered in place, without a hop to another
+thread and back.
+
+Rules:
+  1. Posting, taking, turns and closing are one critical section: nothing slips in behind a closing. It is
+     re-entrant, because signal handlers and `__del__` post too; such a post is taken over the bound, not made to wait.
+  2. Writes are bounded by operations and by bytes, waiting requests by a number of their own. A message is wholly
+     taken or refused; one larger than the bound is taken whole by an empty mailbox.
+  3. Where it is full a plain thread waits, first come first served; a thread that runs an event loop never does: it
+     may go over the bounds by as much again, and is then refused.
+  4. Nobody sleeps while there is something to do: the bell is rung if, and only if, the worker is asleep.
+  5. The turn's holder is a token of the one call that took it, so that an interrupted call gives it back.
+
+Doesn't know: what a message means, the store, files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, TypeVar
+
+from persistency.actor.bounds import Bounds, Level, Poster
+from persistency.actor.reply import FINISHED, Reply, running_loop
+from persistency.actor.settling import cancel, new_reply, pending, ready, settle_all
+from persistency.errors import Overloaded, PersistencyError, StorageError
+from persistency.storage.port import GetRow, Group
+
+T = TypeVar("T")
+Refusal = Callable[[], PersistencyError]
+
+
+class Mailbox:
+    """The line in front of one job's worker."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        # Set by the worker while it can be asked in place; they run in the thread that holds the turn.
+        self.get_in_place: Callable[[bytes, bytes], bytes | None] | None = None
+        self.read_in_place: Callable[[Any], Any] | None = None
+        self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None
+        # Threads that must never wait for room here: the worker, and whoever runs callbacks for it.
+        self.never_waits: set[int] = set()
+        self.worker_thread: int | None = None
+        self._lock = threading.RLock()
+        # Guarded by the lock: the line and its level,
+        self._messages: Group = []
+        self._ops = 0
+        self._bytes = 0
+        self._requests = 0
+        self._in_flight = 0
+        self._open_ops = bounds.ops_max  # what a plain put may go up to; 0 where it has to look closer
+        self._bytes_max = bounds.bytes_max
+        self._refusal: Refusal | None = None
+        self._closed = False
+        # the turn, the sleeper,
+        self._holder: object | None = None
+        self._holder_thread = 0
+        self._asleep = False
+        self._attendant: Callable[[], None] | None = None
+        # and those who wait for room.
+        self._posters: deque[Poster] = deque()
+        self._draining: list[Reply[None]] = []
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    # -- posting -------------------------------------------------------------------------------------------------
+
+    def put(self, category: bytes, key: bytes, payload: bytes) -> None:
+        """Post a plain put. Raises `Overloaded` where it is full, or whatever the mailbox was closed with."""
+        with self._lock:
+            nbytes = self._bytes + len(key) + len(payload)
+            if self._ops < self._open_ops and nbytes <= self._bytes_max:
+                self._ops += 1
+                self._bytes = nbytes
+                self._messages += (category, key, payload)
+                if self._asleep:
+                    self._ring()
+                return
+        self._post((category, key, payload), 1, len(key) + len(payload), 0)
+
+    def tell(self, message: Any, ops: int, nbytes: int) -> None:
+        """Post any other event."""
+        self._post((None, message, None), ops, nbytes, 0)
+
+    def ask(self, message: Any, *, reads: bool, ops: int = 0, nbytes: int = 0, free: bool = False) -> Reply[Any]:
+        """Post a request and return its reply; a `free` one needs no room."""
+        reply = pending(self, reads=reads)
+        self._post((None, message, reply), ops, nbytes, 0 if free else 1)
+        return reply
+
+    # -- being answered in place ---------------------------------------------------------------------------------
+
+    def get(self, category: bytes, key: bytes) -> Reply[bytes | None]:
+        """Answer a point read: in place if nothing is waiting and the turn is free, else through the line."""
+        if not self._messages and (self.bounds.inline or running_loop() is None):
+            reply = new_reply()
+            try:
+                with self._lock:
+                    if self._holder is None and not self._messages and self.get_in_place is not None:
+                        self._holder_thread = get_ident()
+                        self._holder = reply
+                        get = self.get_in_place
+                if self._holder is reply:
+                    # As `ready` does; a call would cost a tenth of the whole read.
+                    reply._result = get(category, key)
+                    reply._state = FINISHED
+                    return reply
+            except StorageError as error:
+                return ready(error=error)
+            finally:
+                if self._holder is reply:
+                    self._holder = None
+                    if self._messages or self._closed:
+                        self._hand_over()
+        return self.ask(GetRow(category, key), reads=True)
+
+    def read(self, message: Any, *, point: bool = False) -> Reply[Any]:
+        """Answer a read: in place where `get` would be; under an event loop only if it is a `point` read."""
+        if not self._messages and ((point and self.bounds.inline) or running_loop() is None):
+            token = object()
+            try:
+                if self._take_turn(token) and self.read_in_place is not None:
+                    return ready(self.read_in_place(message))
+            except StorageError as error:
+                return ready(error=error)
+            finally:
+                self.give_back(token)
+        return self.ask(message, reads=True)
+
+    def write(self, message: Any, ops: int, nbytes: int, *, free: bool = False) -> Reply[Any]:
+        """Answer a request that writes, or a barrier: in place for a plain thread that finds the job idle."""
+        if not self._messages and running_loop() is None:
+            token = object()
+            try:
+                if self._take_turn(token) and self.write_in_place is not None:
+                    return self.write_in_place(message, ops)
+            except StorageError:
+                pass  # Nothing was applied. The worker knows how to wait until it can be.
+            finally:
+                self.give_back(token)
+        return self.ask(message, reads=False, ops=ops, nbytes=nbytes, free=free)
+
+    def _take_turn(self, token: object) -> bool:
+        with self._lock:
+            if self._holder is None and not self._messages and self._refusal is None:
+                self._holder_thread = get_ident()
+                self._holder = token
+                return True
+        return False
+
+    def give_back(self, token: object) -> None:
+        """Give the turn back, if this token has it, and see that what was posted meanwhile is looked after."""
+        if self._holder is token:
+            self._holder = None
+            if self._messages or self._closed:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        self.ring()
+        if self._attendant is not None:
+            self._attendant()
+
+    # -- the worker's side ---------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Sleep until there is something to take, or somebody rings."""
+        with self._lock:
+            if (self._messages or self._closed) and self._holder is None:
+                return
+            self._asleep = True
+        self._bell.acquire()
+
+    def ring(self) -> None:
+        """Wake the worker, if it sleeps, to look after something other than messages."""
+        with self._lock:
+            if self._asleep:
+                self._ring()
+
+    def take(self, token: object) -> Group | None:
+        """Take the turn and the whole line, empty or not; `None` if somebody else has the turn."""
+        with self._lock:
+            if self._holder is not None:
+                return None
+            self._holder_thread = get_ident()
+            self._holder = token
+            group, self._messages = self._messages, []
+            self._in_flight += self._ops
+            self._ops = self._bytes = self._requests = 0
+            self._admit()
+            drained, self._draining = self._draining, []
+        if drained:
+            settle_all((reply, None, None) for reply in drained)
+        return group
+
+    def decided(self, account: Callable[[], None]) -> None:
+        """Run `account` and forget what was in flight, as one step for whoever looks at the level."""
+        with self._lock:
+            self._in_flight = 0
+            account()
+
+    def close(self, refusal: Refusal) -> None:
+        """Refuse every later post; what is in the line stays to be taken. The first refusal stays."""
+        with self._lock:
+            self._closed = True
+            drained = self._refuse(refusal) if self._refusal is None else []
+            self.ring()
+        settle_all((reply, None, refusal()) for reply in drained)
+        if self._attendant is not None:
+            self._attendant()
+
+    def shut(self, refusal: Refusal) -> Group:
+        """Refuse every later post and take the whole line out; return it."""
+        with self._lock:
+            drained = self._refuse(refusal)
+            group, self._messages = self._messages, []
+            self._in_flight += self._ops
+            self._ops = self._bytes = self._requests = 0
+            self.ring()
+        settle_all((reply, None, refusal()) for reply in drained)
+        return group
+
+    def unattend(self, attendant: Callable[[], None]) -> bool:
+        """Let posters call `attendant` themselves from now on, if nothing waits; return whether that is so."""
+        with self._lock:
+            if self._messages:
+                return False
+            self._attendant = attendant
+            self._open_ops = 0
+            return True
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will ever be taken any more."""
+        with self._lock:
+            return self._closed and not self._messages
+
+    # -- for everybody -------------------------------------------------------------------------------------------
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._messages
+
+    def look_at_level(self, look: Callable[[Level], T]) -> T:
+        """Return what `look` makes of how much is waiting, while nothing can change."""
+        with self._lock:
+            return look(Level(self._ops, self._bytes, self._requests, self._in_flight))
+
+    def drain(self) -> Reply[None]:
+        """Return a reply that is settled when the line is below its low-water mark: half of the bounds."""
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal()
+            if (
+                self._ops <= self.bounds.ops_max // 2
+                and self._bytes <= self._bytes_max // 2
+                and self._requests <= self.bounds.requests_max // 2
+            ):
+                return ready()
+            reply = pending(self, reads=False)
+            self._draining.append(reply)
+            return reply
+
+    def withdraw(self, reply: Reply[Any]) -> bool:
+        """Take a request out of the line and settle it as cancelled; return whether it was still there."""
+        with self._lock:
+            if reply not in self._messages[2::3]:
+                return False
+            at = self._messages[2::3].index(reply) * 3
+            del self._messages[at : at + 3]
+            self._requests -= 1
+            self._admit()
+        cancel(reply)
+        return True
+
+    def waits_for_itself(self) -> bool:
+        """Say whether the calling thread is the one that would have to answer."""
+        me = get_ident()
+        with self._lock:
+            return me == self.worker_thread or (self._holder is not None and me == self._holder_thread)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _post(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
+        """Post a message, wait for room, or raise."""
+        # Owned already: a signal handler or `__del__` in the middle of another post of this thread.
+        nested: bool = self._lock._is_owned()  # type: ignore[attr-defined]  # what threading.Condition relies on
+        poster = None
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal()
+            if (
+                nested
+                or not (ops or requests)
+                or self._is_free(ops, nbytes, requests)
+                or self._may_exceed(ops, nbytes, requests)
+            ):
+                self._append(places, ops, nbytes, requests)
+            else:
+                poster = Poster(places, ops, nbytes, requests)
+                self._posters.append(poster)
+                self._open_ops = 0
+            attendant = self._attendant
+        if poster is not None:
+            self._wait_for_room(poster)
+        elif attendant is not None and not nested:
+            attendant()
+
+    def _is_free(self, ops: int, nbytes: int, requests: int) -> bool:
+        """Say whether there is room, and nobody of the same kind who came before waits for it."""
+        ahead = any(bool(waiting.ops) == bool(ops) for waiting in self._posters)
+        return not ahead and self._fits(ops, nbytes, requests, 1)
+
+    def _fits(self, ops: int, nbytes: int, requests: int, factor: int) -> bool:
+        bounds = self.bounds
+        if requests and self._requests + requests > bounds.requests_max * factor:
+            return False
+        if not ops or not self._ops:
+            return True
+        return self._ops + ops <= bounds.ops_max * factor and self._bytes + nbytes <= bounds.bytes_max * factor
+
+    def _may_exceed(self, ops: int, nbytes: int, requests: int) -> bool:
+        """Say whether a post is taken over the bound; raise `Overloaded` if it may neither be taken nor wait."""
+        me = get_ident()
+        if me in self.never_waits or (self._holder is not None and me == self._holder_thread):
+            return True
+        if any(waiting.thread == me for waiting in self._posters):
+            return True  # a signal handler while this very thread waits for room
+        if running_loop() is not None:
+            if self._fits(ops, nbytes, requests, 2):
+                return True
+            raise self._overloaded("and this thread runs an event loop, which must not wait")
+        if self.bounds.on_full == "raise":
+            raise self._overloaded("and the job was opened with on_full='raise'")
+        return False
+
+    def _overloaded(self, why: str) -> Overloaded:
+        waiting = f"{self._ops} operations, {self._bytes} bytes, {self._requests} requests waiting"
+        return Overloaded(f"the mailbox is full ({waiting}), {why}")
+
+    def _wait_for_room(self, poster: Poster) -> None:
+        timeout = self.bounds.full_timeout
+        try:
+            rung = poster.bell.acquire(timeout=-1 if timeout is None else timeout)
+        except BaseException:
+            self._leave(poster)
+            raise
+        if not rung and self._leave(poster):
+            raise self._overloaded(f"and there was no room within {timeout} s")
+        if poster.refused is not None:
+            raise poster.refused
+
+    def _leave(self, poster: Poster) -> bool:
+        """Stop waiting for room; return whether that came before being let in, or refused."""
+        with self._lock:
+            if poster not in self._posters:
+                return False
+            self._posters.remove(poster)
+            self._admit()
+            return True
+
+    def _append(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
+        self._ops += ops
+        self._bytes += nbytes
+        self._requests += requests
+        self._messages += places
+        if self._asleep:
+            self._ring()
+
+    def _admit(self) -> None:
+        """Let those in who wait for room, in their order; reads don't wait behind writes, nor writes behind reads."""
+        stuck: set[bool] = set()
+        waiting, self._posters = self._posters, deque()
+        for poster in waiting:
+            kind = bool(poster.ops)
+            if kind in stuck or not self._fits(poster.ops, poster.nbytes, poster.requests, 1):
+                stuck.add(kind)
+                self._posters.append(poster)
+            else:
+                self._append(poster.places, poster.ops, poster.nbytes, poster.requests)
+                poster.bell.release()
+        if self._refusal is None and self._attendant is None and not self._posters:
+            self._open_ops = self.bounds.ops_max
+
+    def _refuse(self, refusal: Refusal) -> list[Reply[None]]:
+        self._refusal = refusal
+        self._open_ops = 0
+        self.get_in_place = self.read_in_place = self.write_in_place = None
+        for poster in self._posters:
+            poster.refused = refusal()
+            poster.bell.release()
+        self._posters.clear()
+        drained, self._draining = self._draining, []
+        return drained
+
+    def _ring(self) -> None:
+        self._asleep = False
+        self._bell.release()

@@ -1,0 +1,320 @@
+"""Replies: answers that arrive later, for threads and event loops alike.
+
+A `Reply` is a `concurrent.futures.Future` that costs next to nothing until somebody has to wait for it: its lock,
+its waiters and its callbacks are made on demand. `wait`, `as_completed` and `wrap_future` take it.
+
+Rules:
+  1. A reply is settled exactly once, by `actor.settling`; whoever waits, in any thread or loop, is woken.
+  2. One group of replies wakes each event loop once.
+  3. A request that writes can't be cancelled; a read can, as long as it waits in the mailbox.
+  4. A failure nobody has looked at, when its reply is dropped, goes to the reply's `unseen` hook.
+  5. A reply that was ready at once still gives the event loop a turn at least once a millisecond.
+
+Doesn't know: what is asked or answered, mailboxes, workers. The only door to `asyncio`, which it never imports
+itself: where no loop runs, nothing of it is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError, Future
+from time import monotonic
+from typing import Any, Generic, Protocol, TypeVar
+
+from persistency.errors import Misuse
+
+log = logging.getLogger("persistency.actor")
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# The names `concurrent.futures` knows.
+PENDING, FINISHED, CANCELLED = "PENDING", "FINISHED", "CANCELLED_AND_NOTIFIED"
+_DONE = (FINISHED, CANCELLED)
+_LOOP_TURN_S = 0.001
+
+# Guards every change of a reply's state, and the making of its waiting apparatus. One for all: it is held for
+# microseconds, and once per group. Re-entrant, because signal handlers and `__del__` settle replies too.
+gate = threading.RLock()
+
+
+def running_loop() -> Any | None:
+    """Return the event loop running in this thread, or `None`; costs a look-up where asyncio was never imported."""
+    events = sys.modules.get("asyncio.events")
+    return None if events is None else events._get_running_loop()
+
+
+class Line(Protocol):
+    """Where a pending reply waits."""
+
+    def withdraw(self, reply: Reply[Any]) -> bool:
+        """Take a read that hasn't started out of the line and settle it as cancelled; return whether it was there."""
+
+    def waits_for_itself(self) -> bool:
+        """Say whether the calling thread is the one that would have to answer."""
+
+
+class _Turns(threading.local):
+    """When this thread's event loop was last given a turn by a reply that was ready at once."""
+
+    at = 0.0
+
+
+_turns = _Turns()
+
+
+class Unseen:
+    """Kept by a failed reply nobody has looked at: when it is dropped with the reply, it tells."""
+
+    __slots__ = ("error", "tell")
+
+    def __init__(self, error: BaseException, tell: Callable[[BaseException], None]) -> None:
+        self.error = error
+        self.tell: Callable[[BaseException], None] | None = tell
+
+    def __del__(self) -> None:
+        if self.tell is not None:
+            self.tell(self.error)
+
+
+class Reply(Future[T]):
+    """The answer to a request: `result(timeout=None)`, or `await` it in any loop of any thread.
+
+    Made by the engine. `cancel()` takes a read that hasn't started out of the mailbox and returns whether it did;
+    it never touches a request that writes. Callbacks run in the thread that settles the reply.
+    """
+
+    # Class attributes stand in for `Future.__init__`: a reply that is ready at once sets two of them.
+    _state = PENDING
+    _result: Any = None
+    _exception: BaseException | None = None
+    _line: Line | None = None
+    _reads = False
+    _unseen: Unseen | None = None
+    _made_condition: threading.Condition | None = None
+    _made_waiters: list[Any] = []  # noqa: RUF012  # replaced, never filled, before anybody can wait
+    _loops: list[tuple[Any, Any]] | None = None
+    _callbacks: list[Callable[[Any], object]] | None = None
+    _followers: list[Reply[Any]] | None = None
+
+    def __init__(self) -> None:
+        """Do nothing: `Future`'s own would make a lock, a condition and two lists for every reply."""
+
+    def done(self) -> bool:
+        """Say whether the reply is settled."""
+        return self._state in _DONE
+
+    def running(self) -> bool:
+        """Say whether the request can no longer be cancelled, but isn't settled yet."""
+        return self._state == PENDING and not self._reads
+
+    def cancelled(self) -> bool:
+        """Say whether the request was cancelled."""
+        return self._state == CANCELLED
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return the answer, or raise what went wrong.
+
+        `timeout` is in seconds. Raises `TimeoutError` when it is over (the request goes on), `CancelledError` if the
+        request was cancelled, and `Misuse` where waiting could never end: in the job's own worker.
+        """
+        if self._state == PENDING:
+            self._wait(timeout)
+        if self._state == CANCELLED:
+            raise CancelledError
+        if self._exception is None:
+            return self._result  # type: ignore[no-any-return]  # Any, by construction a T
+        self._look()
+        try:
+            raise self._exception
+        finally:
+            # Or the traceback and the reply would keep each other alive.
+            self = None  # type: ignore[assignment]  # noqa: PLW0642
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what went wrong, or `None`; waits and raises like `result`."""
+        if self._state == PENDING:
+            self._wait(timeout)
+        if self._state == CANCELLED:
+            raise CancelledError
+        self._look()
+        return self._exception
+
+    def cancel(self) -> bool:
+        """Take a read that hasn't started out of the mailbox. Returns whether the request is now cancelled."""
+        if self._state == CANCELLED:
+            return True
+        return self._reads and self._line is not None and self._line.withdraw(self)
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """Call `fn(reply)` when the reply is settled: at once if it is, else in the thread that settles it."""
+        with gate:
+            if self._state == PENDING:
+                self._callbacks = [*(self._callbacks or ()), fn]
+                return
+        self._call(fn)
+
+    def map(self, fn: Callable[[T], U]) -> Reply[U]:
+        """Return a reply of `fn(answer)`; `fn` runs once, in the thread that takes the result."""
+        return _Mapped(self, fn)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if self._state == PENDING:
+            yield from self._wait_in_loop()
+        elif monotonic() - _turns.at > _LOOP_TURN_S:
+            yield  # a bare yield is a turn for the loop
+            _turns.at = monotonic()
+        return self.result()
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]  # made on demand
+        with gate:
+            if self._made_condition is None:
+                self._made_waiters = []
+                self._made_condition = threading.Condition()
+            return self._made_condition
+
+    @property
+    def _waiters(self) -> list[Any]:  # type: ignore[override]  # for `wait`, which holds the condition
+        return self._made_waiters
+
+    def _wait(self, timeout: float | None) -> None:
+        if self._line is not None and self._line.waits_for_itself():
+            raise Misuse(
+                "a request's result was asked for in the thread that has to answer it",
+                hint="In a callback take the reply it is given; inside run() use the transaction it is given.",
+            )
+        condition = self._condition
+        with condition:
+            if not condition.wait_for(self.done, timeout):
+                raise TimeoutError(f"no answer within {timeout} s; the request goes on")
+
+    async def within(self, timeout: float | None) -> T:
+        """Await the answer for at most `timeout` seconds, then raise `TimeoutError`; the request goes on."""
+        if self._state == PENDING:
+            await _Wait(self, timeout)
+        return await self
+
+    def _wait_in_loop(self, timeout: float | None = None) -> Generator[Any, None, None]:
+        loop = running_loop()
+        if loop is None:
+            raise Misuse("a reply is awaited outside an asyncio event loop: use reply.result()")
+        future = loop.create_future()
+        with gate:
+            if self._state != PENDING:
+                return
+            self._loops = [*(self._loops or ()), (loop, future)]
+        alarm = None if timeout is None else loop.call_later(timeout, _expire, future, timeout)
+        try:
+            yield from future
+        except BaseException:
+            self._give_up(future)
+            raise
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+
+    def _give_up(self, future: Any) -> None:
+        """Stop waiting; with nobody else left who wants it, a read that hasn't started needn't be run."""
+        with gate:
+            self._loops = [waiting for waiting in self._loops or () if waiting[1] is not future]
+            wanted = self._wanted()
+        if not wanted:
+            self.cancel()
+
+    def _wanted(self) -> bool:
+        return bool(
+            self._loops
+            or self._callbacks
+            or self._made_condition is not None
+            or any(follower._wanted() for follower in self._followers or ())
+        )
+
+    def _look(self) -> None:
+        if self._unseen is not None:
+            self._unseen.tell = None
+            self._unseen = None
+
+    def _call(self, fn: Callable[[Any], object]) -> None:
+        try:
+            fn(self)
+        except BaseException:
+            # Whatever a callback throws, SystemExit included, the thread that settles must go on.
+            log.exception("a callback of %r raised", self)
+
+    def __repr__(self) -> str:
+        outcome = f" raised {type(self._exception).__name__}" if self._exception is not None else ""
+        return f"<{type(self).__name__} {self._state.split('_')[0].lower()}{outcome}>"
+
+
+class _Wait:
+    """An awaitable that ends when a reply is settled, or its time is over."""
+
+    def __init__(self, reply: Reply[Any], timeout: float | None) -> None:
+        self._reply = reply
+        self._timeout = timeout
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self._reply._wait_in_loop(self._timeout)
+
+
+def _expire(future: Any, timeout: float) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError(f"no answer within {timeout} s; the request goes on"))
+
+
+class _Mapped(Reply[U], Generic[T, U]):
+    """A reply whose answer is made of another's, by the thread that takes it."""
+
+    def __init__(self, source: Reply[T], fn: Callable[[T], U]) -> None:
+        self._source = source
+        self._fn: Callable[[T], U] | None = fn
+        self._making = threading.Lock()
+        with gate:
+            if source._state == PENDING:
+                source._followers = [*(source._followers or ()), self]
+            else:
+                self._state = source._state
+
+    def done(self) -> bool:
+        return self._source.done()
+
+    def cancelled(self) -> bool:
+        return self._source.cancelled()
+
+    def running(self) -> bool:
+        return self._source.running()
+
+    def cancel(self) -> bool:
+        return self._source.cancel()
+
+    def result(self, timeout: float | None = None) -> U:
+        self._make(self._source.result(timeout))
+        if self._exception is not None:
+            raise self._exception
+        return self._result  # type: ignore[no-any-return]  # what fn returned
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        error = self._source.exception(timeout)
+        if error is None:
+            self._make(self._source.result())
+            error = self._exception
+        return error
+
+    def __await__(self) -> Generator[Any, None, U]:
+        yield from self._source.__await__()
+        return self.result()
+
+    def _make(self, value: T) -> None:
+        with self._making:
+            if self._fn is not None:
+                try:
+                    self._result = self._fn(value)
+                except Exception as error:  # it belongs to whoever takes the result
+                    self._exception = error
+                self._fn = None

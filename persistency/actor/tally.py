@@ -1,0 +1,77 @@
+"""The tally: what a worker counts, and the statistics made of it.
+
+Rules:
+  1. accepted == committed + failed + pending, at every instant anybody looks.
+  2. The worker alone counts; everybody may look.
+
+Doesn't know: messages, the store.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["live", "idle", "stalled", "poisoned", "closed"]
+
+_COMMITS_KEPT = 1_024  # the latest, for the percentiles
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A job's numbers at one instant.
+
+    `accepted`, `committed`, `failed` and `pending` count write operations; `mailbox_bytes` the keys and payloads
+    waiting; `commits` transactions that wrote. `commit_ms_p50` and `commit_ms_p99` are milliseconds over the latest
+    1,024 commits (0.0 before the first). `wal_bytes` is the size of the log not yet carried over into the file.
+    """
+
+    state: State
+    accepted: int
+    committed: int
+    failed: int
+    pending: int
+    mailbox_bytes: int
+    commits: int
+    commit_ms_p50: float
+    commit_ms_p99: float
+    wal_bytes: int
+
+
+class Tally:
+    """The counters of one worker."""
+
+    __slots__ = ("_commit_seconds", "commits", "committed", "failed", "state")
+
+    def __init__(self) -> None:
+        self.state: State = "live"
+        self.committed = 0
+        self.failed = 0
+        self.commits = 0
+        self._commit_seconds: deque[float] = deque(maxlen=_COMMITS_KEPT)
+
+    def commit(self, seconds: float) -> None:
+        """Count one transaction that wrote."""
+        self.commits += 1
+        self._commit_seconds.append(seconds)
+
+    def statistics(self, pending: int, mailbox_bytes: int, wal_bytes: int) -> Statistics:
+        """Return the numbers as they are now."""
+        latest = sorted(self._commit_seconds.copy())
+        return Statistics(
+            state=self.state,
+            accepted=self.committed + self.failed + pending,
+            committed=self.committed,
+            failed=self.failed,
+            pending=pending,
+            mailbox_bytes=mailbox_bytes,
+            commits=self.commits,
+            commit_ms_p50=_percentile(latest, 0.50),
+            commit_ms_p99=_percentile(latest, 0.99),
+            wal_bytes=wal_bytes,
+        )
+
+
+def _percentile(ordered: list[float], part: float) -> float:
+    return round(ordered[int(part * (len(ordered) - 1))] * 1000, 4) if ordered else 0.0

@@ -1,0 +1,357 @@
+"""The worker: runs one job, a group at a time.
+
+Group commit, step by step. Whoever has the turn
+  1. takes everything that waits in the mailbox as one group; nobody is ever asked to wait for company;
+  2. has the store run it in one transaction, reads among the writes, each batch whole or not at all;
+  3. counts what became of every operation, and keeps the failures of events for the next flush;
+  4. gives the turn back, and only then settles the replies, one wake-up for each event loop.
+So a write costs its caller an append; one commit pays for all that came while the last one ran; a read sees every
+write posted before it, because it stands behind them; and what a caller is told has been committed.
+
+Rules:
+  1. A fault of the environment never skips a group: it is tried again, in order, while the job is stalled; what
+     can't be waited out poisons the job. So what the store holds is always a prefix of what was accepted.
+  2. Every reply that was taken is settled, whatever happens.
+  3. Only the holder of the turn touches the store.
+
+Doesn't know: SQL, keys, files, which engine the store is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from threading import get_ident
+from time import monotonic, perf_counter
+from typing import Any
+
+from persistency.actor.failures import FailureLog
+from persistency.actor.mailbox import Mailbox
+from persistency.actor.reply import Reply
+from persistency.actor.settling import pending, ready, settle_all, tell_if_unseen
+from persistency.actor.tally import Statistics, Tally
+from persistency.errors import Closed, Corrupt, Failure, PersistencyError, Poisoned, StorageError
+from persistency.storage.port import (
+    PLACES,
+    READS,
+    Barrier,
+    Batch,
+    Checkpointing,
+    Failed,
+    Group,
+    OutcomeUnknown,
+    Store,
+)
+
+log = logging.getLogger("persistency")
+
+RETRY_SECONDS_MIN = 0.05
+RETRY_SECONDS_MAX = 1.0
+
+Answer = tuple[Reply[Any], Any, BaseException | None]
+NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
+
+
+class _Fatal(Exception):
+    """A group can't be brought to an end; `outcome` says whether it may have been applied."""
+
+    def __init__(self, cause: BaseException, outcome: str) -> None:
+        super().__init__(cause, outcome)
+        self.cause = cause
+        self.outcome = outcome
+
+
+class Worker:
+    """One job's worker: a daemon thread, and at interpreter exit whoever comes.
+
+    `open_store` is called once, in the thread that will run the job; `now_ms` stamps each group; `name_ops` turns a
+    message back into the operations its caller posted.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        mailbox: Mailbox,
+        failures: FailureLog,
+        *,
+        open_store: Callable[[], Store],
+        now_ms: Callable[[], int],
+        name_ops: NameOps,
+        stall_timeout: float,
+    ) -> None:
+        self.opened: Reply[None] = pending(mailbox, reads=False)
+        self.closed: Reply[None] = pending(mailbox, reads=False)
+        self._retired: Reply[None] | None = None
+        self._job_id = job_id
+        self._mailbox = mailbox
+        self._failures = failures
+        self._open_store = open_store
+        self._now_ms = now_ms
+        self._name_ops = name_ops
+        self._stall_timeout = stall_timeout
+        self._tally = Tally()
+        self._store: Store | None = None
+        self._over = False
+        self._discards = False
+        self._hurry = threading.Event()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread; `opened` is settled when the store is open, or with why it isn't."""
+        threading.Thread(target=self._run, name=f"persistency:{self._job_id}", daemon=True).start()
+
+    def start_unattended(self) -> None:
+        """Open the store in this thread and serve every poster in its own; for when no thread can be started."""
+        if self._open():
+            self._mailbox.unattend(self.serve)
+
+    def close(self, *, drain: bool = True) -> Reply[None]:
+        """Refuse further posts, run what waits (or fail it with `Closed`), close the store; `closed` tells."""
+        if not drain:
+            self._discards = True
+            self._hurry.set()
+        self._mailbox.close(lambda: Closed(f"job {self._job_id!r} is closed"))
+        return self.closed
+
+    def retire(self) -> Reply[None]:
+        """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
+        if self._retired is None:
+            self._retired = pending(self._mailbox, reads=False)
+            self._mailbox.ring()
+        return ready() if self._over else self._retired
+
+    def statistics(self) -> Statistics:
+        """Return the numbers of this instant."""
+        store = self._store
+        wal_bytes = 0 if store is None else store.status().wal_bytes
+        return self._mailbox.look_at_level(
+            lambda level: self._tally.statistics(level.ops + level.in_flight, level.nbytes, wal_bytes)
+        )
+
+    def _run(self) -> None:
+        self._mailbox.worker_thread = get_ident()
+        self._mailbox.never_waits.add(get_ident())
+        if not self._open():
+            return
+        while not self._over:
+            try:
+                self._mailbox.wait()
+                self.serve()
+            except BaseException as error:  # thrown into this thread from outside
+                settle_all(self._poison(error, "not applied", []))
+
+    def _open(self) -> bool:
+        try:
+            self._store = store = self._open_store()
+        except BaseException as error:
+            self._mailbox.shut(lambda: Closed(f"job {self._job_id!r} could not be opened"))
+            settle_all([(self.opened, None, error), (self.closed, None, None)])
+            return False
+        if store.reads_in_place:
+            self._mailbox.get_in_place = lambda category, key: store.get(category, key, self._now_ms())
+            self._mailbox.read_in_place = lambda message: store.read(message, self._now_ms())
+            self._mailbox.write_in_place = self._write_in_place
+        settle_all([(self.opened, None, None)])
+        return True
+
+    # -- one turn ------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Run one turn, if nobody else has it."""
+        token = object()
+        answers: list[Answer] = []
+        group: Group | None = None
+        try:
+            group = self._mailbox.take(token)
+            if group is None:
+                return
+            if group:
+                answers = self._decide(group)
+                group = []
+            answers += self._look_after()
+            if self._mailbox.ended:
+                answers += self._end()
+            elif self._retired is not None and self._mailbox.unattend(self.serve):
+                answers += self._retire()
+        except BaseException as error:
+            # A defect, or an exception somebody has thrown into this thread: nobody may be left waiting for it.
+            answers += self._poison(error, "unknown", group or [])
+        finally:
+            self._mailbox.give_back(token)
+        settle_all(answers)
+
+    def _decide(self, group: Group) -> list[Answer]:
+        if self._discards:
+            return self._fail(group, Closed(f"job {self._job_id!r} was closed without draining"))
+        try:
+            outcomes = self._apply(group)
+        except _Fatal as fatal:
+            return self._poison(fatal.cause, fatal.outcome, group)
+        return self._account(group, outcomes)
+
+    def _apply(self, group: Group) -> list[Any]:
+        """Have the store run a group, as often as it takes; raises `_Fatal` when there is no point in going on."""
+        assert self._store is not None
+        deadline = 0.0
+        pause = RETRY_SECONDS_MIN
+        while True:
+            begun = perf_counter()
+            try:
+                outcomes = self._store.apply(group, self._now_ms())
+            except OutcomeUnknown as error:
+                raise _Fatal(error.__cause__ or error, "unknown") from error
+            except Corrupt as error:
+                raise _Fatal(error, "not applied") from error
+            except StorageError as error:
+                if not deadline:
+                    deadline = monotonic() + self._stall_timeout
+                    self._tally.state = "stalled"
+                    log.warning("job %r stalls: %s", self._job_id, error)
+                if self._discards or monotonic() >= deadline:
+                    raise _Fatal(error, "not applied") from error
+                self._hurry.wait(min(pause, max(0.0, deadline - monotonic())))
+                pause = min(pause * 2, RETRY_SECONDS_MAX)
+                continue
+            if deadline:
+                self._tally.state = "live"
+                log.warning("job %r goes on", self._job_id)
+            if _writes(group):
+                self._tally.commit(perf_counter() - begun)
+            return outcomes
+
+    def _account(self, group: Group, outcomes: list[Any], outcome: str = "not applied") -> list[Answer]:
+        """Count what became of a group, keep the failures of events, return the answers of requests."""
+        answers: list[Answer] = []
+        failed_events: list[Failure] = []
+        committed = failed = 0
+        if None not in group[::PLACES] and Failed not in map(type, outcomes):
+            committed = len(outcomes)
+        else:
+            for at, result in enumerate(outcomes):
+                category, message, reply = group[at * PLACES : (at + 1) * PLACES]
+                ops = 1 if category is not None else _ops(message)
+                if type(result) is not Failed:
+                    committed += ops
+                    if category is None and reply is not None:
+                        if type(message) is Barrier:
+                            self._failures.record(failed_events)
+                            failed_events = []
+                            answers.append((reply, None, self._failures.take()))
+                        else:
+                            answers.append((reply, result, None))
+                    continue
+                failed += ops
+                named = [Failure(op, result.error, outcome) for op in self._name_ops(category, message, reply)]
+                if category is not None or reply is None:
+                    failed_events += named
+                else:
+                    self._answer_failed(reply, result.error, named)
+                    answers.append((reply, None, result.error))
+        self._count(committed, failed)
+        self._failures.record(failed_events)
+        return answers
+
+    def _answer_failed(self, reply: Reply[Any], error: Exception, named: list[Failure]) -> None:
+        if named:
+            tell_if_unseen(reply, error, lambda _error: self._failures.report(named))
+
+    def _count(self, committed: int, failed: int) -> None:
+        def count() -> None:
+            self._tally.committed += committed
+            self._tally.failed += failed
+
+        self._mailbox.decided(count)
+
+    def _fail(self, group: Group, error: PersistencyError, outcome: str = "not applied") -> list[Answer]:
+        return self._account(group, [Failed(error)] * (len(group) // PLACES), outcome)
+
+    def _write_in_place(self, message: Any, ops: int) -> Reply[Any]:
+        """Run one write request for a caller that holds the turn. Raises `StorageError` if nothing was applied."""
+        assert self._store is not None
+        begun = perf_counter()
+        try:
+            outcome = self._store.apply([None, message, None], self._now_ms())[0]
+        except OutcomeUnknown as error:
+            reply: Reply[Any] = pending(self._mailbox, reads=False)
+            settle_all(self._poison(error.__cause__ or error, "unknown", [None, message, reply]))
+            return reply
+        if type(outcome) is Failed:
+            self._count(0, ops)
+            reply = ready(error=outcome.error)
+            named = [Failure(op, outcome.error) for op in self._name_ops(None, message, None)]
+            self._answer_failed(reply, outcome.error, named)
+            return reply
+        if ops:
+            self._tally.commit(perf_counter() - begun)
+            self._count(ops, 0)
+            if isinstance(self._store, Checkpointing) and self._store.checkpoint_due(idle=True):
+                self._mailbox.ring()
+        if type(message) is Barrier:
+            return ready(error=self._failures.take())
+        return ready(outcome)
+
+    # -- between turns -------------------------------------------------------------------------------------------
+
+    def _look_after(self) -> list[Answer]:
+        store = self._store
+        if isinstance(store, Checkpointing) and store.checkpoint_due(idle=self._mailbox.empty):
+            try:
+                store.checkpoint()
+            except OutcomeUnknown as error:
+                return self._poison(error.__cause__ or error, "not applied", [])
+            except StorageError as error:
+                # Nothing is lost by it: the log only grows on until a later one gets through.
+                log.warning("job %r: %s", self._job_id, error)
+        return []
+
+    def _poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
+        """Refuse everything from now on; fail the group and all that waits behind it."""
+
+        def refusal() -> Poisoned:
+            poisoned = Poisoned(f"job {self._job_id!r} can't go on: {cause}")
+            poisoned.__cause__ = cause
+            return poisoned
+
+        log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
+        self._tally.state = "poisoned"
+        behind = self._mailbox.shut(refusal)
+        answers = self._fail(group, refusal(), outcome) if group else []
+        return answers + (self._fail(behind, refusal()) if behind else [])
+
+    def _end(self) -> list[Answer]:
+        error: BaseException | None = None
+        if self._store is not None:
+            try:
+                self._store.close()
+            except Exception as failure:
+                log.exception("job %r: the store couldn't be closed in order", self._job_id)
+                error = failure
+            self._store = None
+        self._over = True
+        self._tally.state = "closed"
+        answers: list[Answer] = [(self.closed, None, self._failures.take() or error)]
+        return answers if self._retired is None else [*answers, (self._retired, None, None)]
+
+    def _retire(self) -> list[Answer]:
+        assert self._retired is not None
+        if isinstance(self._store, Checkpointing):
+            self._store.settle()
+        self._over = True
+        return [(self._retired, None, None)]
+
+
+def _ops(message: Any) -> int:
+    """Return how many write operations a message is."""
+    kind = type(message)
+    if kind is Batch:
+        return int(message.ops)
+    return 0 if kind in READS or kind is Barrier else 1
+
+
+def _writes(group: Group) -> bool:
+    return any(
+        category is not None or _ops(message)
+        for category, message in zip(group[::PLACES], group[1::PLACES], strict=True)
+    )
