@@ -1,0 +1,48 @@
+"""persistency: an embedded, durable, ordered key-value engine. Fire-and-forget writes you can trust.
+
+    from persistency import Persistency, key
+
+    with Persistency("data") as p, p.open_job("alpha") as job:
+        job.put("messages", key("channel-42", 1), b"hello")     # an event: returns None, costs about a microsecond
+        rows = job.scan_prefix("messages", key("channel-42")).result()    # a request: a Reply; or await it
+
+A job is an actor: one SQLite file, one worker thread, one mailbox. Reads see every write posted before them. What was
+accepted is committed in order, or its failure is told by `flush()`, `close()`, `on_error`, the log and the statistics.
+"""
+
+from persistency.actor.reply import Reply
+from persistency.actor.tally import Statistics
+from persistency.codec.keys import Key, KeyRange, RawKey, key
+from persistency.engine import Persistency
+from persistency.errors import (
+    Closed,
+    Conflict,
+    Corrupt,
+    DiskFull,
+    Failure,
+    FeedTruncated,
+    Forked,
+    JobLocked,
+    JobNotFound,
+    Misuse,
+    Overloaded,
+    PersistencyError,
+    Poisoned,
+    QuotaExceeded,
+    SchemaTooNew,
+    StorageError,
+    Unavailable,
+    WriteFailed,
+)
+from persistency.job import Job
+from persistency.ops import Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
+from persistency.storage.port import StoredJob
+
+__all__ = [
+    "Check", "Closed", "Conflict", "Corrupt", "Delete", "DeletePrefix", "DeleteRange", "DiskFull", "Entry", "Failure",
+    "FeedTruncated", "Forked", "Found", "Job", "JobLocked", "JobNotFound", "Key", "KeyRange", "Misuse", "Op",
+    "Overloaded", "Persistency", "PersistencyError", "Poisoned", "Put", "QuotaExceeded", "RawKey", "Reply", "Row",
+    "SchemaTooNew", "Statistics", "StorageError", "StoredJob", "Unavailable", "WriteFailed", "key",
+]  # fmt: skip
+
+__version__ = "0.1.0"

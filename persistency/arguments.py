@@ -1,0 +1,211 @@
+"""Arguments: what a caller may pass, checked once, in the caller's own thread.
+
+Rules:
+  1. What is wrong raises `Misuse` at the call, with a message that names the argument, what came, and what to pass
+     instead; nothing was done then.
+  2. What the caller could still change (a bytearray, a memoryview) is copied here.
+  3. The right types cost next to nothing: names of categories are remembered, exact `bytes` pass as they are.
+
+Doesn't know: mailboxes, threads, SQL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from persistency.codec.keys import Key, KeyRange, as_key
+from persistency.errors import Misuse
+from persistency.ops import Check, Delete, DeletePrefix, DeleteRange, Op, Put
+from persistency.storage.port import PAYLOAD_BYTES_MAX, PLACES, Batch, DropRange, DropRow, Expect, Group
+
+CATEGORY_BYTES_MAX = 255
+_NAMES_KEPT = 4_096
+
+
+class _Categories(dict[str, bytes]):
+    """The encoded names seen so far, so that a name costs one look-up; forgotten when there are too many."""
+
+    def __missing__(self, name: str) -> bytes:
+        if not isinstance(name, str):
+            raise Misuse(f"category must be a str, not {type(name).__name__}: pass a name like 'messages'")
+        try:
+            encoded = name.encode()
+        except UnicodeEncodeError as error:
+            raise Misuse(f"category {name!r} holds a lone surrogate: pass text that UTF-8 can hold") from error
+        if not 1 <= len(encoded) <= CATEGORY_BYTES_MAX:
+            raise Misuse(
+                f"category must have 1 to {CATEGORY_BYTES_MAX} UTF-8 bytes, not {len(encoded)}: "
+                "pass a name like 'messages'"
+            )
+        if len(self) >= _NAMES_KEPT:
+            self.clear()
+        self[str(name)] = encoded
+        return encoded
+
+
+_categories = _Categories()
+
+
+def as_category(value: str) -> bytes:
+    """Return the bytes of a category's name."""
+    try:
+        return _categories[value]
+    except TypeError as error:  # it can't even be hashed
+        if isinstance(error, Misuse):
+            raise
+        raise Misuse(f"category must be a str, not {type(value).__name__}: pass a name like 'messages'") from error
+
+
+def as_payload(value: Any) -> bytes:
+    """Return a payload as bytes of its own."""
+    if type(value) is not bytes:
+        try:
+            with memoryview(value) as view:
+                value = bytes(view)
+        except TypeError:
+            instead = "encode it, as in text.encode()" if isinstance(value, str) else "encode it to bytes first"
+            raise Misuse(f"payload must be bytes-like, not {type(value).__name__}: {instead}") from None
+    if len(value) > PAYLOAD_BYTES_MAX:
+        raise Misuse(f"payload has {len(value)} bytes, at most {PAYLOAD_BYTES_MAX} are allowed: store it in parts")
+    return value  # type: ignore[no-any-return]  # exact bytes by now
+
+
+def as_bounds(value: KeyRange, argument: str = "key_range") -> tuple[bytes, bytes | None]:
+    """Return a range's start (empty: from the first key) and its stop (`None`: to the last)."""
+    if not isinstance(value, KeyRange):
+        raise Misuse(
+            f"{argument} must be a KeyRange, not {type(value).__name__}: "
+            "pass KeyRange(start, stop) or KeyRange.prefix(key)"
+        )
+    return (b"" if value.start is None else value.start), value.stop
+
+
+def as_doomed_range(value: KeyRange) -> tuple[bytes, bytes | None]:
+    """Return a range that is to be deleted; one without any bound is refused."""
+    start, stop = as_bounds(value)
+    if not start and stop is None:
+        raise Misuse("key_range is unbounded, which would delete the whole category: give it a start or a stop")
+    return start, stop
+
+
+def as_doomed_prefix(value: Key | tuple[Any, ...]) -> tuple[bytes, bytes | None]:
+    """Return the range of a prefix that is to be deleted; an empty one is refused."""
+    prefix = as_key(value, "prefix")
+    if not prefix:
+        raise Misuse("prefix is empty, which would delete the whole category: pass at least one part")
+    return as_bounds(KeyRange.prefix(prefix))
+
+
+def as_prefix_range(value: Key | tuple[Any, ...]) -> tuple[bytes, bytes | None]:
+    """Return the range of a prefix."""
+    return as_bounds(KeyRange.prefix(as_key(value, "prefix")))
+
+
+def as_keys(values: Iterable[Key | tuple[Any, ...]]) -> tuple[Key, ...]:
+    """Return several keys, each once, in the order asked."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise Misuse(f"keys must be a list (or another iterable) of keys, not {type(values).__name__}: pass [key, ...]")
+    return tuple(dict.fromkeys(as_key(value, "keys") for value in values))
+
+
+def as_count(value: Any, argument: str, least: int) -> int:
+    """Return a whole number that is at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Misuse(f"{argument} must be an int, not {type(value).__name__}: pass {least} or more")
+    if value < least:
+        raise Misuse(f"{argument} must be at least {least}, not {value}")
+    return int(value)
+
+
+def as_limit(value: Any, argument: str = "limit") -> int | None:
+    """Return how many rows at the most; `None`: all of them."""
+    return None if value is None else as_count(value, argument, 0)
+
+
+def as_flag(value: Any, argument: str) -> bool:
+    """Return a truth value; only a bool is one."""
+    if not isinstance(value, bool):
+        raise Misuse(f"{argument} must be True or False, not {value!r}")
+    return value
+
+
+def as_seconds(value: Any, argument: str, *, optional: bool = True) -> float | None:
+    """Return a waiting time in seconds; `None`, where it is allowed, for as long as it takes."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        instead = "a number of seconds" + (", or None to wait as long as it takes" if optional else "")
+        raise Misuse(f"{argument} must be a number, not {type(value).__name__}: pass {instead}")
+    # Longer than a lock can be told to wait is as long as it takes.
+    if math.isnan(value) or value < 0:
+        raise Misuse(f"{argument} must be 0 or more seconds, not {value!r}")
+    return min(float(value), 1e8)
+
+
+def as_choice(value: Any, argument: str, choices: tuple[str, ...]) -> Any:
+    """Return one of a few words."""
+    if value not in choices:
+        raise Misuse(f"{argument} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    return value
+
+
+def as_batch(ops: Op | Iterable[Op]) -> tuple[Batch, int]:
+    """Return operations as one batch, and the bytes of its keys and payloads."""
+    if isinstance(ops, Op):
+        given: tuple[Any, ...] = (ops,)
+    elif isinstance(ops, Iterable) and not isinstance(ops, str | bytes | dict):
+        given = tuple(ops)
+    else:
+        raise Misuse(f"ops must be an operation or an iterable of them, not {type(ops).__name__}: pass [Put(...), ...]")
+    items: Group = []
+    nbytes = 0
+    expects = False
+    for op in given:
+        places = _as_places(op)
+        items += places
+        if places[0] is None:
+            expects = expects or type(places[1]) is Expect
+            nbytes += len(places[1].category)
+        else:
+            nbytes += len(places[1]) + len(places[2])
+    return Batch(items, len(given), expects, given), nbytes
+
+
+def _as_places(op: Any) -> tuple[Any, Any, Any]:
+    match op:
+        case Put():
+            return as_category(op.category), as_key(op.key), as_payload(op.payload)
+        case Delete():
+            return None, DropRow(as_category(op.category), as_key(op.key)), None
+        case DeletePrefix():
+            return None, DropRange(as_category(op.category), *as_doomed_prefix(op.prefix)), None
+        case DeleteRange():
+            return None, DropRange(as_category(op.category), *as_doomed_range(op.key_range)), None
+        case Check():
+            if op.version is not None:
+                as_count(op.version, "version", 0)
+            return None, Expect(as_category(op.category), as_key(op.key), op.version), None
+        case _:
+            raise Misuse(
+                f"ops holds {type(op).__name__}, which is no operation: "
+                "pass Put, Delete, DeletePrefix, DeleteRange or Check objects"
+            )
+
+
+def name_ops(category: bytes | None, message: Any, payload: Any) -> tuple[Any, ...]:
+    """Return the operations a message was made of: the very objects of a batch, else ones that mean the same."""
+    if category is not None:
+        return (Put(category.decode(), message, payload),)
+    if type(message) is Batch:
+        return message.origin
+    if type(message) is DropRow:
+        return (Delete(message.category.decode(), message.key),)  # type: ignore[arg-type]  # the caller's Key
+    if type(message) is DropRange:
+        start, stop = message.start or None, message.stop
+        return (DeleteRange(message.category.decode(), KeyRange(start, stop)),)  # type: ignore[arg-type]  # as above
+    return ()
+
+
+assert PLACES == 3, "a message's places are written out in this module"

@@ -1,0 +1,361 @@
+"""The engine: `Persistency` owns a root, opens jobs by their ids and closes them.
+
+Rules:
+  1. Making one touches nothing: the root is created by the first job that is opened.
+  2. This is the only place that names a storage adapter, and the only one that knows a clock.
+  3. `p[job_id]` is the way by id; there is no second set of verbs.
+
+Doesn't know: how a job is run, or stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from os import PathLike
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+from persistency.actor.bounds import OnFull
+from persistency.actor.reply import Reply
+from persistency.arguments import as_seconds
+from persistency.errors import Closed, Failure, JobNotFound, Misuse, PersistencyError, WriteFailed
+from persistency.job import Job
+from persistency.options import DEFAULT, Default, OnError, checked
+from persistency.registry import Site
+from persistency.storage.directory import DirectoryRoot
+from persistency.storage.files import real_root
+from persistency.storage.memory import MemoryRoot
+from persistency.storage.port import Durability, StoredJob
+
+T = TypeVar("T")
+
+MEMORY = ":memory:"
+
+_sites: dict[Path, Site] = {}
+_sites_lock = threading.Lock()
+
+
+def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
+    """Return what this process knows of a root, and its real path; memory is nobody else's."""
+    if not isinstance(root, str | PathLike):
+        raise Misuse(f"root must be a path, not {type(root).__name__}: pass a directory, or ':memory:'")
+    if root == MEMORY:
+        return Site(MemoryRoot()), None
+    if not root:
+        raise Misuse("root is empty: pass a directory, or ':memory:'")
+    if isinstance(root, str) and "://" in root:
+        scheme = root.partition("://")[0]
+        raise Misuse(f"root names an engine that isn't there, {scheme!r}: pass a directory, or ':memory:'")
+    path = real_root(root)
+    with _sites_lock:
+        if path not in _sites:
+            _sites[path] = Site(DirectoryRoot(path))
+        return _sites[path], path
+
+
+class Persistency:
+    """A root directory of jobs. Any thread may use it.
+
+    `root`: a directory, existing or not, or `":memory:"`. `open_timeout` and `exit_timeout` are in seconds: how long
+    opening a job may take (`None`: as long as it takes), and how long the exit of the interpreter may take to write
+    what is waiting. `clock` returns Unix seconds, like `time.time`.
+    """
+
+    _instance: ClassVar[Persistency | None] = None
+    _instance_lock = threading.RLock()
+
+    def __init__(
+        self,
+        root: str | PathLike[str],
+        *,
+        open_timeout: float | None = 60.0,
+        exit_timeout: float = 30.0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._closed = True  # until it is known to be sound; see __del__
+        self._open_timeout = as_seconds(open_timeout, "open_timeout")
+        self._exit_timeout = as_seconds(exit_timeout, "exit_timeout", optional=False) or 0.0
+        if clock is not None and not callable(clock):
+            raise Misuse(f"clock must be callable, not {type(clock).__name__}: pass a function like time.time")
+        self._now_ms: Callable[[], int] = (
+            (lambda: time.time_ns() // 1_000_000) if clock is None else lambda: int(clock() * 1000)
+        )
+        self._site, self._path = _site(root)
+        self._lock = threading.RLock()
+        self._jobs: dict[str, Job] = {}
+        self._closed = False
+
+    # -- the singleton -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def instance(cls, root: str | PathLike[str] | None = None, **options: Any) -> Persistency:
+        """Return the process-wide `Persistency`, made by the first call that names a root.
+
+        Raises `Misuse` for another root, or for options once it is made, and `Closed` if there is none and none named.
+        """
+        with cls._instance_lock:
+            found = cls._instance
+            if found is None or found._closed:
+                if root is None:
+                    raise Closed("there is no instance yet", hint="Make it with Persistency.instance(root).")
+                found = cls._instance = cls(root, **options)
+            elif root is not None and (_site(root)[1] != found._path or (found._path is None and root != MEMORY)):
+                raise Misuse(f"root {root!r} isn't the instance's, {found.root!r}: leave it out, or call reset() first")
+            elif options:
+                raise Misuse(f"{', '.join(options)} given, but the instance is made already: call reset() first")
+            return found
+
+    @classmethod
+    def reset(cls) -> None:
+        """Close the process-wide `Persistency` and forget it; nothing happens if there is none."""
+        with cls._instance_lock:
+            found, cls._instance = cls._instance, None
+        if found is not None:
+            found.close()
+
+    @property
+    def root(self) -> str:
+        """The root's real path, or `":memory:"`."""
+        return MEMORY if self._path is None else str(self._path)
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    def open_job(
+        self,
+        job_id: str | None = None,
+        *,
+        durability: Durability | Default = DEFAULT,
+        mailbox_ops_max: int | Default = DEFAULT,
+        mailbox_bytes_max: int | Default = DEFAULT,
+        requests_max: int | Default = DEFAULT,
+        on_full: OnFull | Default = DEFAULT,
+        full_timeout: float | Default | None = DEFAULT,
+        stall_timeout: float | Default = DEFAULT,
+        inline: bool | Default = DEFAULT,
+        on_error: OnError | Default | None = DEFAULT,
+    ) -> Job:
+        """Open a job, creating it if need be, and return its handle: the same one for an id that is open.
+
+        Without an id the job gets a fresh, unguessable one (24 hex digits).
+
+        durability: `"process"` (the default): what is committed survives the end of the process; `"power"`: every
+          commit is on the medium before it is answered.
+        mailbox_ops_max, mailbox_bytes_max, requests_max: how many operations (8,192), bytes of keys and payloads
+          (32 MiB) and requests (8,192) may wait. More lets a producer run further ahead; a read then waits longer.
+        on_full: `"block"` (the default): a plain thread waits for room, up to `full_timeout` (60 s), then
+          `Overloaded`; `"raise"`: `Overloaded` at once.
+        stall_timeout: how many seconds (60) a fault of the system, such as a full disk, may last.
+        inline: whether point reads may be answered in the thread of an event loop (`True`).
+        on_error: called as `on_error(job_id, failures)`, in a thread of its own, when events have failed.
+
+        Raises `Misuse` for a bad id or option, or one that differs from an open job's, `JobLocked` if another process
+        has the job, `Corrupt`, `SchemaTooNew` or another `StorageError` if its file can't be used, `TimeoutError`.
+        """
+        given = dict(locals())
+        return self._drive(self._opening(given.pop("job_id"), given), self._open_timeout)
+
+    async def aopen_job(self, job_id: str | None = None, **options: Any) -> Job:
+        """Do what `open_job` does, without blocking the event loop."""
+        unknown = options.keys() - _OPTION_NAMES
+        if unknown:
+            raise TypeError(f"aopen_job() got an unexpected keyword argument {min(unknown)!r}")
+        return await self._adrive(self._opening(job_id, dict(options)), self._open_timeout)
+
+    def _opening(self, job_id: str | None, given: dict[str, Any]) -> Generator[Reply[None], None, Job]:
+        given.pop("self", None)
+        given = checked(given)
+        if self._closed:
+            raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
+        job_id = secrets.token_hex(12) if job_id is None else job_id
+        job = yield from self._site.open(job_id, given, self._now_ms, self._exit_timeout)
+        with self._lock:
+            held = self._jobs.get(job_id)
+            if not self._closed and (held is None or held.closed):
+                self._jobs[job_id] = job
+                return job
+        job.close(drain=False)  # a second lease, given back: the worker goes on with the first
+        if held is None or held.closed:
+            raise Closed(f"{self!r} was closed while job {job_id!r} opened")
+        return held
+
+    def job(self, job_id: str) -> Job:
+        """Return the handle of an open job. Raises `JobNotFound` if it isn't open here."""
+        self._site.root.path(job_id)
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is None or job.closed:
+            raise JobNotFound(f"no open job with id {job_id!r}")
+        return job
+
+    def __getitem__(self, job_id: str) -> Job:
+        return self.job(job_id)
+
+    def has_job(self, job_id: str) -> bool:
+        """Say whether a job is open here."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+        return job is not None and not job.closed
+
+    def __contains__(self, job_id: object) -> bool:
+        return isinstance(job_id, str) and self.has_job(job_id)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter([job_id for job_id, job in self._jobs.items() if not job.closed])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __bool__(self) -> bool:
+        return True  # an empty one is still there
+
+    def close_job(self, job_id: str, timeout: float | None = None) -> None:
+        """Close a job as its handle's `close` does; one that isn't open is fine."""
+        with self._lock:
+            job = self._jobs.pop(job_id, None)
+        if job is not None:
+            job.close(timeout)
+
+    def drop_job(self, job_id: str) -> list[Path]:
+        """Close a job and delete its files; return those removed. A job that never existed is fine.
+
+        Raises `JobLocked` if it is open in another process, or through another `Persistency`.
+        """
+        return self._drive(self._dropping(job_id), None)
+
+    async def adrop_job(self, job_id: str) -> list[Path]:
+        """Do what `drop_job` does, without blocking the event loop."""
+        return await self._adrive(self._dropping(job_id), None)
+
+    def _dropping(self, job_id: str) -> Generator[Reply[None], None, list[Path]]:
+        if self._closed:
+            raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
+        with self._lock:
+            job = self._jobs.pop(job_id, None)
+        if job is not None:
+            # What it reports was told already, and what it is about is to be deleted anyway.
+            with contextlib.suppress(WriteFailed):
+                yield job.leave()
+        return (yield from self._site.drop(job_id))
+
+    def stored_jobs(self) -> list[StoredJob]:
+        """Return every job the root keeps, open or not."""
+        return self._site.root.stored()
+
+    # -- closing -------------------------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = None) -> None:
+        """Close every job that is open here; a second call is nothing.
+
+        Raises `WriteFailed` with the failures of all of them, or `TimeoutError` after `timeout` seconds, naming those
+        that are still closing; they keep closing.
+        """
+        self._drive(self._closing(), as_seconds(timeout, "timeout"))
+
+    async def aclose(self) -> None:
+        """Do what `close` does, without blocking the event loop."""
+        await self._adrive(self._closing(), None)
+
+    def _closing(self) -> Generator[Reply[None], None, None]:
+        with self._lock:
+            self._closed = True
+            jobs, self._jobs = self._jobs, {}
+        leaving = {job_id: job.leave() for job_id, job in jobs.items()}
+        failures: list[Failure] = []
+        omitted = 0
+        first: PersistencyError | None = None
+        for reply in leaving.values():
+            try:
+                yield reply
+            except WriteFailed as failed:
+                failures += failed.failures
+                omitted += failed.omitted
+            except PersistencyError as error:
+                first = first or error
+            except TimeoutError:
+                late = ", ".join(repr(job_id) for job_id, other in leaving.items() if not other.done())
+                raise TimeoutError(f"still closing: {late}; they keep closing") from None
+        if failures or omitted:
+            raise WriteFailed(failures, omitted) from first
+        if first is not None:
+            raise first
+
+    def _drive(self, steps: Generator[Reply[Any], Any, T], timeout: float | None) -> T:
+        """Wait for each reply a generator yields, in this thread."""
+        deadline = None if timeout is None else monotonic() + timeout
+        try:
+            reply = next(steps)
+            while True:
+                try:
+                    reply.result(None if deadline is None else max(0.0, deadline - monotonic()))
+                except Exception as error:
+                    reply = steps.throw(error)
+                else:
+                    reply = steps.send(None)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # what the generator returned
+        finally:
+            steps.close()
+
+    async def _adrive(self, steps: Generator[Reply[Any], Any, T], timeout: float | None) -> T:
+        """Wait for each reply a generator yields, in this event loop."""
+        deadline = None if timeout is None else monotonic() + timeout
+        try:
+            reply = next(steps)
+            while True:
+                try:
+                    await reply.within(None if deadline is None else max(0.0, deadline - monotonic()))
+                except Exception as error:
+                    reply = steps.throw(error)
+                else:
+                    reply = steps.send(None)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # what the generator returned
+        finally:
+            steps.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except PersistencyError as failed:
+            if error is None:
+                raise
+            error.add_note(f"and closing {self!r} raised {failed!r}")  # without masking what came first
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.aclose()
+        except PersistencyError as failed:
+            if error is None:
+                raise
+            error.add_note(f"and closing {self!r} raised {failed!r}")
+
+    def __repr__(self) -> str:
+        return f"<Persistency {self.root!r}{' (closed)' if self._closed else ''}>"
+
+    def __del__(self) -> None:
+        if not self._closed and any(not job.closed for job in self._jobs.values()):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+
+
+_OPTION_NAMES = {
+    "durability", "mailbox_ops_max", "mailbox_bytes_max", "requests_max", "on_full", "full_timeout", "stall_timeout",
+    "inline", "on_error",
+}  # fmt: skip

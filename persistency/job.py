@@ -1,0 +1,324 @@
+"""The job: a tenant's handle. It checks what it is given and posts it to the mailbox; that is all.
+
+Two sentences cover it: an *event* returns `None`, a *request* returns a `Reply`. And wrong arguments raise `Misuse`
+at the call, in the caller's thread, never later in the worker.
+
+Rules:
+  1. A job holds its identity and its mailbox. Who runs what is posted, where and when, is none of its business.
+  2. Arguments are encoded and checked before anything is posted.
+  3. A closed job's mailbox is one that refuses everything, so being closed costs an open job nothing.
+
+Doesn't know: threads, SQL, files, which engine stores the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from persistency.actor.mailbox import Mailbox
+from persistency.actor.reply import Reply
+from persistency.actor.tally import Statistics
+from persistency.arguments import (
+    as_batch,
+    as_bounds,
+    as_category,
+    as_count,
+    as_doomed_prefix,
+    as_doomed_range,
+    as_flag,
+    as_keys,
+    as_limit,
+    as_payload,
+    as_prefix_range,
+    as_seconds,
+)
+from persistency.codec.keys import Key, KeyRange, as_key
+from persistency.errors import Closed, Misuse, PersistencyError
+from persistency.ops import Entry, Found, KeyLike, Op, Payload, Row
+from persistency.paging import Pages
+from persistency.storage.port import (
+    Barrier,
+    CountRange,
+    DropRange,
+    DropRow,
+    GetEntry,
+    GetRows,
+    HasRow,
+    LastVersion,
+    ListCategories,
+    ScanRange,
+    StoredRow,
+)
+
+_EVERYTHING = KeyRange()
+_make_row: Callable[[tuple[Key, bytes]], Row] = partial(tuple.__new__, Row)
+
+
+def _rows(pairs: list[tuple[bytes, bytes]]) -> list[Row]:
+    # Mapped at C speed: a call of Row() for each would take longer than the scan itself.
+    return list(map(_make_row, ((Key(key), payload) for key, payload in pairs)))
+
+
+def _entry(row: StoredRow | None) -> Entry | None:
+    return None if row is None else Entry(Key(row.key), row.payload, row.version, row.expires_ms)
+
+
+def _row(key: bytes, payload: bytes) -> Row:
+    return Row(Key(key), payload)
+
+
+def _key(key: bytes, _payload: bytes) -> Key:
+    return Key(key)
+
+
+def _names(categories: list[bytes]) -> list[str]:
+    return [category.decode() for category in categories]
+
+
+class Job:
+    """An open job. Made by `Persistency.open_job`; any thread and any event loop may use it."""
+
+    __slots__ = ("__weakref__", "_closed", "_mailbox", "_release", "_statistics", "id", "path")
+
+    def __init__(
+        self,
+        job_id: str,
+        path: Path | None,
+        mailbox: Mailbox,
+        statistics: Callable[[], Statistics],
+        release: Callable[[Job, bool], Reply[None]],
+    ) -> None:
+        self.id = job_id
+        self.path = path
+        self._mailbox = mailbox
+        self._statistics = statistics
+        self._release = release
+        self._closed = False
+
+    # -- events: they return None, and a failure is raised by the next flush() or close() ------------------------
+
+    def put(self, category: str, key: KeyLike, payload: Payload) -> None:
+        """Store a payload (bytes-like, empty allowed, up to 256 MiB) under a key, whatever was there."""
+        self._mailbox.put(as_category(category), as_key(key), as_payload(payload))
+
+    def delete(self, category: str, key: KeyLike) -> None:
+        """Remove one row; a missing one is fine."""
+        message = DropRow(as_category(category), as_key(key))
+        self._mailbox.tell(message, 1, len(message.category) + len(message.key))
+
+    def delete_prefix(self, category: str, prefix: KeyLike) -> None:
+        """Remove the row of the key `prefix` and those of all its children. An empty prefix is `Misuse`."""
+        message = DropRange(as_category(category), *as_doomed_prefix(prefix))
+        self._mailbox.tell(message, 1, len(message.category) + len(message.start))
+
+    def delete_range(self, category: str, key_range: KeyRange) -> None:
+        """Remove the rows of a range, start in, stop out. One without any bound is `Misuse`."""
+        message = DropRange(as_category(category), *as_doomed_range(key_range))
+        self._mailbox.tell(message, 1, len(message.category) + len(message.start))
+
+    def persist(self, ops: Op | Iterable[Op]) -> None:
+        """Post one operation or several, all or nothing: `Put`, `Delete`, `DeletePrefix`, `DeleteRange`, `Check`."""
+        batch, nbytes = as_batch(ops)
+        self._mailbox.tell(batch, batch.ops, nbytes)
+
+    # -- reads ---------------------------------------------------------------------------------------------------
+
+    def get(self, category: str, key: KeyLike) -> Reply[bytes | None]:
+        """Ask for a payload; `None` if there is no such row."""
+        return self._mailbox.get(as_category(category), as_key(key))
+
+    def entry(self, category: str, key: KeyLike) -> Reply[Entry | None]:
+        """Ask for a row with its version and expiry."""
+        return self._mailbox.read(GetEntry(as_category(category), as_key(key)), point=True).map(_entry)
+
+    def get_many(self, category: str, keys: Iterable[KeyLike]) -> Reply[Found]:
+        """Ask for several payloads in one snapshot: a dict by `Key` in the order asked, the missing left out."""
+        return self._mailbox.read(GetRows(as_category(category), as_keys(keys))).map(Found)
+
+    def exists(self, category: str, key: KeyLike) -> Reply[bool]:
+        """Ask whether there is such a row."""
+        return self._mailbox.read(HasRow(as_category(category), as_key(key)), point=True)
+
+    def count(self, category: str, key_range: KeyRange = _EVERYTHING) -> Reply[int]:
+        """Ask how many rows a range has."""
+        return self._mailbox.read(CountRange(as_category(category), *as_bounds(key_range)))
+
+    def scan(
+        self, category: str, key_range: KeyRange = _EVERYTHING, *, reverse: bool = False, limit: int | None = None
+    ) -> Reply[list[Row]]:
+        """Ask for the rows of a range in key order, start in, stop out, at most `limit` of them."""
+        return self._scan(category, as_bounds(key_range), reverse, limit)
+
+    def scan_prefix(
+        self, category: str, prefix: KeyLike, *, reverse: bool = False, limit: int | None = None
+    ) -> Reply[list[Row]]:
+        """Ask for the row of the key `prefix` itself and those of all its children."""
+        return self._scan(category, as_prefix_range(prefix), reverse, limit)
+
+    def _scan(
+        self, category: str, span: tuple[bytes, bytes | None], reverse: bool, limit: int | None
+    ) -> Reply[list[Row]]:
+        message = ScanRange(as_category(category), *span, as_flag(reverse, "reverse"), as_limit(limit))
+        return self._mailbox.read(message).map(_rows)
+
+    def iterate(
+        self,
+        category: str,
+        key_range: KeyRange = _EVERYTHING,
+        *,
+        prefix: KeyLike | None = None,
+        reverse: bool = False,
+        page: int = 256,
+        keys_only: bool = False,
+    ) -> Pages[Any]:
+        """Walk over a range, or a prefix, with `for` or `async for`, asking for a page of rows at a time.
+
+        Gives `Row`s, or `Key`s with `keys_only`. Nothing is held between pages: writing meanwhile is safe, and a key
+        that is there throughout is seen once.
+        """
+        span = as_bounds(key_range)
+        if prefix is not None:
+            if span != (b"", None):
+                raise Misuse("key_range and prefix were both given: pass one of them")
+            span = as_prefix_range(prefix)
+        name = as_category(category)
+        reverse, keys_only = as_flag(reverse, "reverse"), as_flag(keys_only, "keys_only")
+
+        def ask(start: bytes, stop: bytes | None, limit: int) -> Reply[Any]:
+            return self._mailbox.read(ScanRange(name, start, stop, reverse, limit, keys_only))
+
+        make = _key if keys_only else _row
+        return Pages(ask, self.drain, make, span, reverse=reverse, page=as_count(page, "page", 1))
+
+    def categories(self) -> Reply[list[str]]:
+        """Ask for the categories that have rows."""
+        return self._mailbox.read(ListCategories()).map(_names)
+
+    def version(self) -> Reply[int]:
+        """Ask for the version of the last operation."""
+        return self._mailbox.read(LastVersion(), point=True)
+
+    # -- requests that write -------------------------------------------------------------------------------------
+
+    def commit(self, ops: Op | Iterable[Op]) -> Reply[int]:
+        """Apply operations, all or nothing, and answer with the version of the last one (of none: the current).
+
+        `Check`s look at the state before the batch; if one fails the reply raises `Conflict` and nothing is applied.
+        """
+        batch, nbytes = as_batch(ops)
+        if not batch.ops:
+            return self.version()
+        return self._mailbox.write(batch, batch.ops, nbytes)
+
+    def delete_acked(self, category: str, key: KeyLike) -> Reply[bool]:
+        """Remove one row and answer whether it was there."""
+        message = DropRow(as_category(category), as_key(key))
+        return self._mailbox.write(message, 1, len(message.category) + len(message.key))
+
+    def delete_prefix_acked(self, category: str, prefix: KeyLike) -> Reply[int]:
+        """Remove a key and its children and answer how many rows were there. An empty prefix is `Misuse`."""
+        message = DropRange(as_category(category), *as_doomed_prefix(prefix))
+        return self._mailbox.write(message, 1, len(message.category) + len(message.start))
+
+    def delete_range_acked(self, category: str, key_range: KeyRange) -> Reply[int]:
+        """Remove the rows of a range and answer how many there were. One without any bound is `Misuse`."""
+        message = DropRange(as_category(category), *as_doomed_range(key_range))
+        return self._mailbox.write(message, 1, len(message.category) + len(message.start))
+
+    def flush(self, *, sync: bool = False) -> Reply[None]:
+        """Answer when all earlier writes are committed; with `sync`, when they are on the medium (one fsync).
+
+        Raises `WriteFailed`, once, if events have failed since the last flush.
+        """
+        return self._mailbox.write(Barrier(as_flag(sync, "sync")), 0, 0, free=True)
+
+    def drain(self) -> Reply[None]:
+        """Answer when less than half of the mailbox's bounds is waiting: `await` it to pace a producer."""
+        return self._mailbox.drain()
+
+    # -- the handle ----------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether this handle was closed."""
+        return self._closed
+
+    def statistics(self) -> Statistics:
+        """Return the job's numbers of this instant."""
+        numbers = self._statistics()
+        return replace(numbers, state="closed") if self._closed else numbers
+
+    def close(self, timeout: float | None = None, *, drain: bool = True) -> None:
+        """Write what waits and close the job for its `Persistency`; the last one that has it open closes the file.
+
+        With `drain=False` what wasn't started fails with `Closed`. Raises `WriteFailed` if events have failed since
+        the last flush, and `TimeoutError` after `timeout` seconds, which says what is left and keeps closing.
+        """
+        timeout = as_seconds(timeout, "timeout")
+        reply = self.leave(drain=as_flag(drain, "drain"))
+        try:
+            reply.result(timeout)
+        except TimeoutError:
+            if reply.done():
+                raise
+            left = self._statistics().pending
+            raise TimeoutError(
+                f"job {self.id!r} is still closing after {timeout} s, with {left} operations left; it keeps closing"
+            ) from None
+
+    async def aclose(self) -> None:
+        """Do what `close` does, without blocking the event loop."""
+        await self.leave()
+
+    def leave(self, *, drain: bool = True) -> Reply[None]:
+        """Begin to close; the reply is what `close` waits for."""
+        return self._release(self, drain)
+
+    def shut(self) -> Mailbox:
+        """Make this handle refuse everything from now on; return the mailbox it had. For the engine."""
+        had, self._mailbox = self._mailbox, _refusing(self.id)
+        self._closed = True
+        return had
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except PersistencyError as failed:
+            if error is None:
+                raise
+            error.add_note(f"and closing job {self.id!r} raised {failed!r}")  # without masking what came first
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.aclose()
+        except PersistencyError as failed:
+            if error is None:
+                raise
+            error.add_note(f"and closing job {self.id!r} raised {failed!r}")
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id!r}{' (closed)' if self._closed else ''}>"
+
+
+def _refusing(job_id: str) -> Mailbox:
+    """Return a mailbox that refuses everything with `Closed`."""
+    from persistency.actor.bounds import Bounds
+
+    mailbox = Mailbox(Bounds())
+    mailbox.shut(lambda: Closed(f"job {job_id!r} is closed"))
+    return mailbox

@@ -1,0 +1,180 @@
+"""The registry: which jobs of a root this process has open, and who holds a lease on each.
+
+Rules:
+  1. One worker per job and process. Several `Persistency` objects on one root share it; it lives until the last
+     lease on it is given back.
+  2. Opening is single-flight: who comes while a job opens takes a lease at once and waits for the same opening.
+     A failed opening leaves nothing behind, so it can be tried again.
+  3. Who comes while a job closes, or is dropped, waits until it is gone.
+  4. The lock guards the tables only; nothing is waited for, opened or closed under it.
+
+Doesn't know: which engine stores the jobs, what is posted to them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from persistency import lifecycle
+from persistency.actor.failures import FailureLog
+from persistency.actor.mailbox import Mailbox
+from persistency.actor.reply import Reply
+from persistency.actor.settling import pending, ready, settle_all
+from persistency.actor.worker import Worker
+from persistency.arguments import name_ops
+from persistency.errors import JobLocked, Misuse
+from persistency.job import Job
+from persistency.options import JobOptions, differing
+from persistency.storage.port import Barrier, Root
+
+
+class _Entry:
+    """A job that is open, about to be, or about to be gone. `gone` is settled when the next may open it."""
+
+    def __init__(
+        self, options: JobOptions, mailbox: Mailbox, worker: Worker | None, failures: FailureLog | None
+    ) -> None:
+        self.options = options
+        self.mailbox = mailbox
+        self.worker = worker
+        self.failures = failures
+        self.leases: set[object] = set()
+        self.leaving = worker is None
+        self.gone: Reply[None] = pending(mailbox, reads=False)
+
+
+class Site:
+    """One root in this process."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self._lock = threading.RLock()
+        self._entries: dict[str, _Entry] = {}
+
+    def open(
+        self, job_id: str, given: dict[str, Any], now_ms: Callable[[], int], exit_timeout: float
+    ) -> Generator[Reply[None], None, Job]:
+        """Open a job and return a handle with a lease of its own; yields the replies to wait for on the way."""
+        path = self.root.path(job_id)
+        lease = object()
+        while True:
+            entry = self._join(job_id, given, lease, now_ms, exit_timeout)
+            worker = entry.worker
+            if worker is not None and not entry.leaving:
+                break
+            yield entry.gone
+        try:
+            yield worker.opened
+        except BaseException:
+            self._leave(job_id, entry, lease)
+            raise
+
+        def release(job: Job, drain: bool) -> Reply[None]:
+            return self._release(entry, lease, job, drain=drain)
+
+        return Job(job_id, path, entry.mailbox, worker.statistics, release)
+
+    def drop(self, job_id: str) -> Generator[Reply[None], None, list[Path]]:
+        """Delete a job that nobody here has open; yields the replies to wait for on the way."""
+        self.root.path(job_id)
+        placeholder = _Entry(JobOptions(), Mailbox(JobOptions().bounds), None, None)
+        while (entry := self._reserve(job_id, placeholder)) is not placeholder:
+            if not entry.leaving:
+                raise JobLocked(
+                    f"job {job_id!r} is open through another Persistency of this process", os.getpid(),
+                    hint="Close it there first.",
+                )  # fmt: skip
+            yield entry.gone
+        try:
+            return self.root.drop(job_id)
+        finally:
+            self._gone(job_id, placeholder)
+
+    def _reserve(self, job_id: str, placeholder: _Entry) -> _Entry:
+        with self._lock:
+            return self._entries.setdefault(job_id, placeholder)
+
+    def _join(
+        self, job_id: str, given: dict[str, Any], lease: object, now_ms: Callable[[], int], exit_timeout: float
+    ) -> _Entry:
+        """Take a lease on an open job, or begin to open it; an entry that is leaving is returned as it is."""
+        with self._lock:
+            entry = self._entries.get(job_id)
+            if entry is not None:
+                if not entry.leaving:
+                    different = differing(entry.options, given)
+                    if different:
+                        raise Misuse(
+                            f"job {job_id!r} is open with another {', '.join(different)}: "
+                            "leave the option out, or close the job first"
+                        )
+                    entry.leases.add(lease)
+                return entry
+            entry = self._entries[job_id] = self._new(job_id, JobOptions(**given), now_ms)
+            entry.leases.add(lease)
+        worker, failures = entry.worker, entry.failures
+        assert worker is not None
+        assert failures is not None
+        lifecycle.look_after(job_id, worker, failures, exit_timeout)
+        try:
+            lifecycle.begin(worker)
+        except BaseException:
+            self._leave(job_id, entry, lease)
+            raise
+        return entry
+
+    def _new(self, job_id: str, options: JobOptions, now_ms: Callable[[], int]) -> _Entry:
+        mailbox = Mailbox(options.bounds)
+        failures = FailureLog(job_id, options.on_error, mailbox.never_waits)
+        worker = Worker(
+            job_id,
+            mailbox,
+            failures,
+            open_store=lambda: self.root.open(job_id, options.store),
+            now_ms=now_ms,
+            name_ops=name_ops,
+            stall_timeout=options.stall_timeout,
+        )
+        return _Entry(options, mailbox, worker, failures)
+
+    def _leave(self, job_id: str, entry: _Entry, lease: object) -> None:
+        """Give up a lease on a job that didn't open, or not in time; a late opening is closed again."""
+        assert entry.worker is not None
+        failed = entry.worker.opened.done() and entry.worker.opened.exception() is not None
+        with self._lock:
+            entry.leases.discard(lease)
+            last = not entry.leaving and (failed or not entry.leases)
+            entry.leaving = entry.leaving or last
+        if last:
+            self._close(job_id, entry, drain=True)
+
+    def _release(self, entry: _Entry, lease: object, job: Job, *, drain: bool) -> Reply[None]:
+        """Close a handle, and with the last one the job."""
+        with self._lock:
+            if job.closed:
+                return ready()
+            mailbox = job.shut()
+            entry.leases.discard(lease)
+            last = not entry.leases and not entry.leaving
+            entry.leaving = entry.leaving or last
+        if last:
+            return self._close(job.id, entry, drain=drain)
+        return mailbox.write(Barrier(), 0, 0, free=True) if drain else ready()
+
+    def _close(self, job_id: str, entry: _Entry, *, drain: bool) -> Reply[None]:
+        assert entry.worker is not None
+        closed = entry.worker.close(drain=drain)
+        closed.add_done_callback(lambda _closed: self._gone(job_id, entry))
+        return closed
+
+    def _gone(self, job_id: str, entry: _Entry) -> None:
+        with self._lock:
+            if self._entries.get(job_id) is entry:
+                del self._entries[job_id]
+        if entry.worker is not None:
+            lifecycle.forget(entry.worker)
+        settle_all([(entry.gone, None, None)])
