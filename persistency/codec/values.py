@@ -17,16 +17,16 @@ Rules:
 | tuple, NamedTuple; frozenset (not as a key or member) | list; set |
 | bytearray; subclasses of the types above (OrderedDict, IntEnum, StrEnum) | bytes; the type they derive from |
 | aware datetime (tag 0; tag 1 is read), date (1004; 100 is read) | the same, with a fixed offset; no `fold` |
-| Decimal (4): finite, exponent within 6,144, 2,466 digits; Fraction (30) | the same; Decimal("-0") as Decimal("0") |
-| UUID (37) | the same |
+| Decimal (4): finite, exponent within 6,144, 2,466 digits | the same; Decimal("-0") as Decimal("0") |
+| Fraction (30), not as a key or set member; UUID (37) | the same |
 Refused: naive datetimes, offsets that aren't whole minutes (RFC 3339 has none), lone surrogates, memoryview (it would
 become a list of ints), Decimal NaN and infinities (they would become floats), Enums that are neither int nor str,
 complex, time, timedelta, patterns, addresses, and all else.
 
 Costs that hostile bytes can cause: decoding takes up to 120 times the bytes in memory (dicts of one pair, nested), so a
 reader bounds what it passes. Text and bytes have secret hashes. Other map keys and set members may collide, which
-takes quadratic time, so a value that has any may have up to `LOOSE_KEYS_BYTES_MAX` bytes, and 16 different tagged keys
-of one hash: a second or two at the worst.
+takes quadratic time, so a value that has any may have up to `LOOSE_KEYS_BYTES_MAX` bytes, at most three different long
+ints, Decimals or UUIDs of one hash among them, and no Fractions: a few seconds at the worst.
 
 Doesn't know: keys, categories, files, where the bytes come from, how values are framed in a file.
 """
@@ -66,7 +66,7 @@ _TEXTS = frozenset((str, bytes))
 _LONG_INT = re.compile(rb"[\xc2\xc3][\x59-\x5b]")  # The head of one of over 255 bytes.
 _EXPONENT_MAX = 6144  # That of the decimal128 format.
 _DIGITS_MAX = 2466  # Any so long mantissa is within INT_BYTES_MAX.
-_SAME_HASH_MAX = 16
+_SAME_HASH_MAX = 3  # Of honest values, two may: -1 and -2 have one hash in CPython.
 # Wide enough that nothing is rounded: the length of a mantissa and every exponent that is allowed.
 _EXACT = Context(prec=2 * _DIGITS_MAX, Emax=4 * _EXPONENT_MAX, Emin=-4 * _EXPONENT_MAX)
 
@@ -383,6 +383,8 @@ def _careful_tags() -> _Tags:
     def careful(decoder: _Decoder, value: Any, immutable: bool) -> Any:
         result = decoder(value, immutable)
         if immutable:
+            if isinstance(result, Fraction):
+                raise ValueError("a Fraction can't be a map key or set member")
             same = seen.setdefault(hash(result), [])
             if result not in same:
                 same.append(result)
