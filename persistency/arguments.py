@@ -45,13 +45,13 @@ class _Categories(dict[str, bytes]):
         return encoded
 
 
-_categories = _Categories()
+CATEGORIES = _Categories()
 
 
 def as_category(value: str) -> bytes:
     """Return the bytes of a category's name."""
     try:
-        return _categories[value]
+        return CATEGORIES[value]
     except TypeError as error:  # it can't even be hashed
         if isinstance(error, Misuse):
             raise

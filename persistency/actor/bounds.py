@@ -20,6 +20,16 @@ OnFull = Literal["block", "raise"]
 
 
 @dataclass(frozen=True, slots=True)
+class Level:
+    """How much is waiting, and how many write operations were taken but aren't decided yet."""
+
+    ops: int
+    nbytes: int
+    requests: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Bounds:
     """How much may wait: write operations, their bytes, requests; and what a plain thread does where it is full."""
 
@@ -30,15 +40,21 @@ class Bounds:
     full_timeout: float | None = 60.0
     inline: bool = True
 
+    def fit(self, level: Level, ops: int, nbytes: int, requests: int, factor: int) -> bool:
+        """Say whether so much more fits under the bounds times a factor; writes fit into an empty line, however big."""
+        if requests and level.requests + requests > self.requests_max * factor:
+            return False
+        if not ops or not level.ops:
+            return True
+        return level.ops + ops <= self.ops_max * factor and level.nbytes + nbytes <= self.bytes_max * factor
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """How much is waiting, and how many write operations were taken but aren't decided yet."""
-
-    ops: int
-    nbytes: int
-    requests: int
-    in_flight: int
+    def low(self, level: Level) -> bool:
+        """Say whether no more than half of every bound is waiting."""
+        return (
+            level.ops <= self.ops_max // 2
+            and level.nbytes <= self.bytes_max // 2
+            and level.requests <= self.requests_max // 2
+        )
 
 
 class Poster:

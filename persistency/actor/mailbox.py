@@ -63,6 +63,7 @@ class Mailbox:
         self._holder: object | None = None
         self._holder_thread = 0
         self._asleep = False
+        self._rung = False
         self._attendant: Callable[[], None] | None = None
         # and those who wait for room.
         self._posters: deque[Poster] = deque()
@@ -70,20 +71,17 @@ class Mailbox:
         self._bell = threading.Lock()
         self._bell.acquire()
 
-    # -- posting -------------------------------------------------------------------------------------------------
-
-    def put(self, category: bytes, key: bytes, payload: bytes) -> None:
+    def put(self, category: bytes, key: bytes, payload: bytes, nbytes: int) -> None:
         """Post a plain put. Raises `Overloaded` where it is full, or whatever the mailbox was closed with."""
         with self._lock:
-            nbytes = self._bytes + len(key) + len(payload)
-            if self._ops < self._open_ops and nbytes <= self._bytes_max:
+            if self._ops < self._open_ops and (total := self._bytes + nbytes) <= self._bytes_max:
                 self._ops += 1
-                self._bytes = nbytes
+                self._bytes = total
                 self._messages += (category, key, payload)
                 if self._asleep:
                     self._ring()
                 return
-        self._post((category, key, payload), 1, len(key) + len(payload), 0)
+        self._post((category, key, payload), 1, nbytes, 0)
 
     def tell(self, message: Any, ops: int, nbytes: int) -> None:
         """Post any other event."""
@@ -94,8 +92,6 @@ class Mailbox:
         reply = pending(self, reads=reads)
         self._post((None, message, reply), ops, nbytes, 0 if free else 1)
         return reply
-
-    # -- being answered in place ---------------------------------------------------------------------------------
 
     def get(self, category: bytes, key: bytes) -> Reply[bytes | None]:
         """Answer a point read: in place if nothing is waiting and the turn is free, else through the line."""
@@ -167,21 +163,22 @@ class Mailbox:
         if self._attendant is not None:
             self._attendant()
 
-    # -- the worker's side ---------------------------------------------------------------------------------------
-
     def wait(self) -> None:
         """Sleep until there is something to take, or somebody rings."""
         with self._lock:
-            if (self._messages or self._closed) and self._holder is None:
+            if self._rung or ((self._messages or self._closed) and self._holder is None):
+                self._rung = False
                 return
             self._asleep = True
         self._bell.acquire()
 
     def ring(self) -> None:
-        """Wake the worker, if it sleeps, to look after something other than messages."""
+        """Wake the worker to look after something other than messages; if it is awake, don't let it fall asleep."""
         with self._lock:
             if self._asleep:
                 self._ring()
+            else:
+                self._rung = True
 
     def take(self, token: object) -> Group | None:
         """Take the turn and the whole line, empty or not; `None` if somebody else has the turn."""
@@ -241,8 +238,6 @@ class Mailbox:
         with self._lock:
             return self._closed and not self._messages
 
-    # -- for everybody -------------------------------------------------------------------------------------------
-
     @property
     def empty(self) -> bool:
         """Whether nothing waits."""
@@ -251,18 +246,14 @@ class Mailbox:
     def look_at_level(self, look: Callable[[Level], T]) -> T:
         """Return what `look` makes of how much is waiting, while nothing can change."""
         with self._lock:
-            return look(Level(self._ops, self._bytes, self._requests, self._in_flight))
+            return look(self._level())
 
     def drain(self) -> Reply[None]:
         """Return a reply that is settled when the line is below its low-water mark: half of the bounds."""
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal()
-            if (
-                self._ops <= self.bounds.ops_max // 2
-                and self._bytes <= self._bytes_max // 2
-                and self._requests <= self.bounds.requests_max // 2
-            ):
+            if self.bounds.low(self._level()):
                 return ready()
             reply = pending(self, reads=False)
             self._draining.append(reply)
@@ -285,8 +276,6 @@ class Mailbox:
         me = get_ident()
         with self._lock:
             return me == self.worker_thread or (self._holder is not None and me == self._holder_thread)
-
-    # -- inside --------------------------------------------------------------------------------------------------
 
     def _post(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
         """Post a message, wait for room, or raise."""
@@ -318,13 +307,11 @@ class Mailbox:
         ahead = any(bool(waiting.ops) == bool(ops) for waiting in self._posters)
         return not ahead and self._fits(ops, nbytes, requests, 1)
 
+    def _level(self) -> Level:
+        return Level(self._ops, self._bytes, self._requests, self._in_flight)
+
     def _fits(self, ops: int, nbytes: int, requests: int, factor: int) -> bool:
-        bounds = self.bounds
-        if requests and self._requests + requests > bounds.requests_max * factor:
-            return False
-        if not ops or not self._ops:
-            return True
-        return self._ops + ops <= bounds.ops_max * factor and self._bytes + nbytes <= bounds.bytes_max * factor
+        return self.bounds.fit(self._level(), ops, nbytes, requests, factor)
 
     def _may_exceed(self, ops: int, nbytes: int, requests: int) -> bool:
         """Say whether a post is taken over the bound; raise `Overloaded` if it may neither be taken nor wait."""

@@ -92,7 +92,8 @@ class Worker:
         self._stall_timeout = stall_timeout
         self._tally = Tally()
         self._store: Store | None = None
-        self._over = False
+        self._over = False  # the thread has nothing left to do
+        self._ended = False  # the store is closed
         self._discards = False
         self._hurry = threading.Event()
 
@@ -160,6 +161,8 @@ class Worker:
 
     def serve(self) -> None:
         """Run one turn, if nobody else has it."""
+        if self._ended:
+            return
         token = object()
         answers: list[Answer] = []
         group: Group | None = None
@@ -329,7 +332,7 @@ class Worker:
                 log.exception("job %r: the store couldn't be closed in order", self._job_id)
                 error = failure
             self._store = None
-        self._over = True
+        self._over = self._ended = True
         self._tally.state = "closed"
         answers: list[Answer] = [(self.closed, None, self._failures.take() or error)]
         return answers if self._retired is None else [*answers, (self._retired, None, None)]

@@ -1,0 +1,193 @@
+"""The house rules, read off the tree: import order, doors, sizes, docstrings.
+
+A rule that is only written down is forgotten; here it fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent / "persistency"
+
+# From the roof down: a module imports only what stands below it. A folder stands for all that is in it, and the
+# modules named together don't import one another unless the order says so.
+FLOORS = [
+    "__main__",
+    "cli",
+    "integrations",
+    "plugins",
+    "recipes",
+    "testing",
+    "__init__",
+    "shared",
+    "kvstore",
+    "category",
+    "feed",
+    "engine",
+    "registry",
+    "lifecycle",
+    "options",
+    "job",
+    "paging",
+    "arguments",
+    "actor.worker",
+    "actor.mailbox",
+    "actor.bounds",
+    "actor.settling",
+    "actor.reply",
+    "actor.failures",
+    "actor.tally",
+    "actor",
+    "storage.directory",
+    "storage.sqlite",
+    "storage.table",
+    "storage.schema",
+    "storage.memory",
+    "storage.files",
+    "storage.port",
+    "storage",
+    "ops",
+    "codec.fixed",
+    "codec.keys",
+    "codec.values",
+    "codec",
+    "errors",
+]
+ADAPTERS = {"storage.directory", "storage.sqlite", "storage.memory"}
+
+# Each outside thing has one door.
+DOORS = {
+    "apsw": ("storage.",),
+    "cbor2": ("codec.values",),
+    "asyncio": ("actor.reply", "category", "kvstore", "feed", "shared", "integrations", "recipes"),
+    "typer": ("cli",),
+    "rich": ("cli",),
+    "threading": ("engine", "registry", "lifecycle", "actor.", "cli", "plugins", "integrations", "recipes", "testing"),
+    "concurrent": ("actor.reply", "cli"),
+    "fcntl": ("storage.files",),
+    "atexit": ("lifecycle",),
+    "pickle": (),
+    "pytest": (),
+}
+LINES_MAX = 400
+FUNCTION_LINES_MAX = 50
+
+
+def name_of(path: Path) -> str:
+    """The module's name within the package; a folder's is the folder's own."""
+    parts = path.relative_to(HOUSE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(HOUSE.rglob("*.py"))}
+
+
+def floor_of(name: str) -> int:
+    """The module's floor: its own entry, or its folder's."""
+    while name not in FLOORS:
+        if "." not in name:
+            pytest.fail(f"{name} has no floor in the house")
+        name = name.rpartition(".")[0]
+    return FLOORS.index(name)
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """Every module a file imports, with its line; names imported from a package count as its modules if they are."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are written in full"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner.removeprefix("persistency.") in MODULES
+                found.append((node.lineno, inner if is_module else str(node.module)))
+    return found
+
+
+def inner(name: str) -> str:
+    """The name within the package of one of its modules."""
+    return name.partition(".")[2] or "__init__"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name: str) -> None:
+    """A module imports only modules that stand below it in the house."""
+    for line, imported in imports_of(MODULES[name]):
+        if imported.split(".")[0] == "persistency":
+            below = floor_of(inner(imported))
+            here = floor_of(name)
+            same_room = FLOORS[here] == FLOORS[below] and name.split(".")[0] in {"cli", "integrations", "recipes"}
+            assert here < below or same_room, f"{name}:{line} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_outside_things_have_one_door(name: str) -> None:
+    """What isn't ours is imported only where its door is."""
+    for line, imported in imports_of(MODULES[name]):
+        doors = DOORS.get(imported.split(".")[0])
+        if doors is not None:
+            allowed = any(name == door or name.startswith(door.rstrip(".") + ".") for door in doors)
+            assert allowed, f"{name}:{line} imports {imported}, whose door is {doors}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_the_engine_names_an_adapter(name: str) -> None:
+    """The storage adapters are known to the engine, to one another and to nobody else."""
+    for line, imported in imports_of(MODULES[name]):
+        if inner(imported) in ADAPTERS:
+            assert name in {"engine", *ADAPTERS}, f"{name}:{line} names the adapter {imported}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_rooms_are_small_and_say_what_they_are(name: str) -> None:
+    """A module has at most 400 lines, its functions at most 50, and it opens with a docstring."""
+    path = MODULES[name]
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= LINES_MAX, f"{name} has over {LINES_MAX} lines"
+    opening = ast.get_docstring(tree)
+    assert opening, f"{name} doesn't say what it is"
+    if path.name != "__init__.py" and path.name != "__main__.py":
+        assert "Rules:" in opening, f"{name} doesn't say its rules"
+        assert "Doesn't know" in opening, f"{name} doesn't say what it doesn't know"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]  # always set
+            assert lines <= FUNCTION_LINES_MAX, f"{name}.{node.name} has {lines} lines"
+
+
+def test_no_room_is_empty() -> None:
+    """Every module is imported by another one, or is a door to the outside."""
+    front = {"__init__", "__main__", "testing", "codec.fixed", "actor", "storage", "codec"}
+    used = {inner(imported) for path in MODULES.values() for _, imported in imports_of(path)}
+    unused = {name for name in MODULES if name not in used and name not in front and not name.startswith("cli")}
+    assert not unused - {name for name in unused if name.split(".")[0] in {"integrations", "recipes", "plugins"}}
+
+
+def test_importing_the_package_brings_in_only_its_two_dependencies() -> None:
+    """`import persistency` needs apsw and cbor2, and neither asyncio nor any extra."""
+    program = "import sys; before = set(sys.modules); import persistency; print(*sorted(set(sys.modules) - before))"
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60, cwd=HOUSE.parent
+    )
+    tops = {name.split(".")[0] for name in found.stdout.split()}
+    foreign = tops - set(sys.stdlib_module_names) - {"persistency"}
+    assert foreign <= {"apsw", "cbor2", "_cbor2"}, foreign
+    assert "asyncio" not in tops
+
+
+def test_words_that_never_stay() -> None:
+    """No note to self and no name that says nothing stays in the tree."""
+    notes = ["TO" + "DO", "FIX" + "ME", "XX" + "X"]
+    for name, path in MODULES.items():
+        text = path.read_text()
+        assert not [note for note in notes if note in text], name
+        assert not {"utils", "common", "helpers", "manager"} & set(name.split(".")), name
