@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from os import PathLike
 from pathlib import Path
@@ -38,7 +39,8 @@ T = TypeVar("T")
 
 MEMORY = ":memory:"
 
-_sites: dict[Path, Site] = {}
+# A site lives as long as a Persistency or a worker on it does.
+_sites: weakref.WeakValueDictionary[Path, Site] = weakref.WeakValueDictionary()
 _sites_lock = threading.Lock()
 
 
@@ -55,9 +57,10 @@ def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
         raise Misuse(f"root names an engine that isn't there, {scheme!r}: pass a directory, or ':memory:'")
     path = real_root(root)
     with _sites_lock:
-        if path not in _sites:
-            _sites[path] = Site(DirectoryRoot(path))
-        return _sites[path], path
+        site = _sites.get(path)
+        if site is None:
+            site = _sites[path] = Site(DirectoryRoot(path))
+        return site, path
 
 
 class Persistency:

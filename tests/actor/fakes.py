@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from persistency.actor.bounds import Bounds
 from persistency.actor.failures import FailureLog
@@ -94,7 +94,7 @@ class Actor:
         self.let_go()
         self.worker.close().exception(WAIT)
 
-    def __enter__(self) -> Actor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -240,7 +240,7 @@ def test_the_workers_own_posts_never_wait() -> None:
 
 
 def test_a_post_in_the_middle_of_another_is_taken_over_the_bound() -> None:
-    """Promise 4: a signal handler or `__del__` that posts while its thread holds the lock neither waits nor deadlocks."""
+    """Promise 4: a signal handler or `__del__` in the middle of a post of its thread neither waits nor deadlocks."""
     mailbox = Mailbox(Bounds(ops_max=1))
     mailbox.put(b"c", b"1", b"", 1)
     with mailbox._lock:
