@@ -11,7 +11,6 @@ Doesn't know: mailboxes, threads, SQL.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,9 +63,9 @@ def as_payload(value: Any) -> bytes:
         try:
             with memoryview(value) as view:
                 value = bytes(view)
-        except TypeError:
+        except (TypeError, ValueError, BufferError) as error:  # not bytes-like, or a view that was released already
             instead = "encode it, as in text.encode()" if isinstance(value, str) else "encode it to bytes first"
-            raise Misuse(f"payload must be bytes-like, not {type(value).__name__}: {instead}") from None
+            raise Misuse(f"payload must be bytes-like, not {type(value).__name__}: {instead}") from error
     if len(value) > PAYLOAD_BYTES_MAX:
         raise Misuse(f"payload has {len(value)} bytes, at most {PAYLOAD_BYTES_MAX} are allowed: store it in parts")
     return value  # type: ignore[no-any-return]  # exact bytes by now
@@ -116,7 +115,7 @@ def as_count(value: Any, argument: str, least: int) -> int:
         raise Misuse(f"{argument} must be an int, not {type(value).__name__}: pass {least} or more")
     if value < least:
         raise Misuse(f"{argument} must be at least {least}, not {value}")
-    return int(value)
+    return min(int(value), 2**62)  # more than there can be of anything, and still a number for every engine
 
 
 def as_limit(value: Any, argument: str = "limit") -> int | None:
@@ -138,10 +137,9 @@ def as_seconds(value: Any, argument: str, *, optional: bool = True) -> float | N
     if not isinstance(value, int | float) or isinstance(value, bool):
         instead = "a number of seconds" + (", or None to wait as long as it takes" if optional else "")
         raise Misuse(f"{argument} must be a number, not {type(value).__name__}: pass {instead}")
-    # Longer than a lock can be told to wait is as long as it takes.
-    if math.isnan(value) or value < 0:
+    if not value >= 0:  # NaN too
         raise Misuse(f"{argument} must be 0 or more seconds, not {value!r}")
-    return min(float(value), 1e8)
+    return float(min(value, 1e8))  # longer than a lock can be told to wait
 
 
 def as_choice(value: Any, argument: str, choices: tuple[str, ...]) -> Any:

@@ -17,7 +17,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -46,7 +46,7 @@ _sites_lock = threading.Lock()
 
 def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
     """Return what this process knows of a root, and its real path; memory is nobody else's."""
-    if not isinstance(root, str | PathLike):
+    if not isinstance(root, str | PathLike) or not isinstance(fspath(root), str):
         raise Misuse(f"root must be a path, not {type(root).__name__}: pass a directory, or ':memory:'")
     if root == MEMORY:
         return Site(MemoryRoot()), None
@@ -71,6 +71,7 @@ class Persistency:
     what is waiting. `clock` returns Unix seconds, like `time.time`.
     """
 
+    _closed = True  # until it is known to be sound; see __del__
     _instance: ClassVar[Persistency | None] = None
     _instance_lock = threading.RLock()
 
@@ -82,7 +83,6 @@ class Persistency:
         exit_timeout: float = 30.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self._closed = True  # until it is known to be sound; see __del__
         self._open_timeout = as_seconds(open_timeout, "open_timeout")
         self._exit_timeout = as_seconds(exit_timeout, "exit_timeout", optional=False) or 0.0
         if clock is not None and not callable(clock):
@@ -202,12 +202,16 @@ class Persistency:
 
     def has_job(self, job_id: str) -> bool:
         """Say whether a job is open here."""
+        self._site.root.path(job_id)
         with self._lock:
             job = self._jobs.get(job_id)
         return job is not None and not job.closed
 
     def __contains__(self, job_id: object) -> bool:
-        return isinstance(job_id, str) and self.has_job(job_id)
+        try:
+            return self.has_job(job_id)  # type: ignore[arg-type]  # anything may be asked for
+        except Misuse:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         with self._lock:
@@ -221,6 +225,8 @@ class Persistency:
 
     def close_job(self, job_id: str, timeout: float | None = None) -> None:
         """Close a job as its handle's `close` does; one that isn't open is fine."""
+        self._site.root.path(job_id)
+        timeout = as_seconds(timeout, "timeout")
         with self._lock:
             job = self._jobs.pop(job_id, None)
         if job is not None:
