@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from persistency.actor.bounds import Bounds
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.tally import Statistics
@@ -327,8 +328,6 @@ class Job:
 
 def _refusing(job_id: str) -> Mailbox:
     """Return a mailbox that refuses everything with `Closed`."""
-    from persistency.actor.bounds import Bounds
-
     mailbox = Mailbox(Bounds())
     mailbox.shut(lambda: Closed(f"job {job_id!r} is closed"))
     return mailbox

@@ -45,8 +45,8 @@ def look_after(job_id: str, worker: Worker, failures: FailureLog, exit_timeout: 
 
 
 def begin(worker: Worker) -> None:
-    """Start a worker: its thread, or, once the exit hook has begun, its store alone, which posters then serve."""
-    if not _exiting:
+    """Start a worker: its thread, or, once main has ended, its store alone, which posters then serve themselves."""
+    if threading.main_thread().is_alive() and not _exiting:
         worker.start()
     else:
         worker.start_unattended()
@@ -64,19 +64,30 @@ def _at_exit() -> None:
     begun = monotonic()
     with _lock:
         charges = list(_charges.values())
-    replies = [(charge, charge.worker.retire()) for charge in charges]
-    for charge, reply in replies:
-        left = begun + charge.exit_timeout - monotonic()
-        try:
-            reply.result(max(0.0, left))
-        except TimeoutError:
-            pending = charge.worker.statistics().pending
-            print(
-                f"persistency: job {charge.job_id!r}: {pending} operations could not be written "
-                f"within {charge.exit_timeout} s at exit",
-                file=sys.stderr,
-            )
+    leaving = [(charge, charge.worker.retire()) for charge in charges]
+    patient = True
+    for charge, reply in leaving:
+        while not reply.done():
+            left = begun + charge.exit_timeout - monotonic() if patient else 0.0
+            try:
+                reply.exception(max(0.0, left))
+            except TimeoutError:
+                _tell(charge, "at exit" if not patient else f"within {charge.exit_timeout} s at exit")
+                break
+            except KeyboardInterrupt:
+                pending = sum(charge.worker.statistics().pending for charge, reply in leaving if not reply.done())
+                if patient:
+                    print(f"persistency: writing {pending} operations; interrupt again to give up", file=sys.stderr)
+                patient = not patient
         charge.failures.wait_told(min(_TELL_SECONDS_MAX, charge.exit_timeout))
+
+
+def _tell(charge: _Charge, when: str) -> None:
+    pending = charge.worker.statistics().pending
+    print(
+        f"persistency: job {charge.job_id!r}: {pending} operations could not be written {when}",
+        file=sys.stderr,
+    )
 
 
 atexit.register(_at_exit)

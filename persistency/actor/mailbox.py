@@ -64,6 +64,8 @@ class Mailbox:
         self._holder_thread = 0
         self._asleep = False
         self._rung = False
+        self._late = 0  # posters that wait for the turn, once they have to serve themselves
+        self._turn_free = threading.Condition(self._lock)
         self._attendant: Callable[[], None] | None = None
         # and those who wait for room.
         self._posters: deque[Poster] = deque()
@@ -113,7 +115,7 @@ class Mailbox:
             finally:
                 if self._holder is reply:
                     self._holder = None
-                    if self._messages or self._closed:
+                    if self._messages or self._closed or self._late:
                         self._hand_over()
         return self.ask(GetRow(category, key), reads=True)
 
@@ -155,11 +157,15 @@ class Mailbox:
         """Give the turn back, if this token has it, and see that what was posted meanwhile is looked after."""
         if self._holder is token:
             self._holder = None
-            if self._messages or self._closed:
+            if self._messages or self._closed or self._late:
                 self._hand_over()
 
     def _hand_over(self) -> None:
         self.ring()
+        with self._lock:
+            if self._late:
+                self._turn_free.notify_all()
+                return
         if self._attendant is not None:
             self._attendant()
 
@@ -180,13 +186,28 @@ class Mailbox:
             else:
                 self._rung = True
 
-    def take(self, token: object) -> Group | None:
-        """Take the turn and the whole line, empty or not; `None` if somebody else has the turn."""
+    def take(self, token: object, *, patience: float = 0.0) -> Group | None:
+        """Take the turn and the whole line, empty or not; `None` if somebody else has the turn.
+
+        With `patience`, in seconds, wait for the turn that long, unless this very thread has it.
+        """
+        me = get_ident()
         with self._lock:
+            if self._holder is not None and patience and self._holder_thread != me:
+                self._late += 1
+                try:
+                    self._turn_free.wait_for(lambda: self._holder is None, patience)
+                finally:
+                    self._late -= 1
             if self._holder is not None:
                 return None
-            self._holder_thread = get_ident()
+            self._holder_thread = me
             self._holder = token
+        return self.take_more()
+
+    def take_more(self) -> Group:
+        """Take the whole line, for who has the turn already."""
+        with self._lock:
             group, self._messages = self._messages, []
             self._in_flight += self._ops
             self._ops = self._bytes = self._requests = 0
@@ -223,14 +244,11 @@ class Mailbox:
         settle_all((reply, None, refusal()) for reply in drained)
         return group
 
-    def unattend(self, attendant: Callable[[], None]) -> bool:
-        """Let posters call `attendant` themselves from now on, if nothing waits; return whether that is so."""
+    def unattend(self, attendant: Callable[[], None]) -> None:
+        """From now on whoever posts calls `attendant` afterwards; the worker sleeps no more."""
         with self._lock:
-            if self._messages:
-                return False
             self._attendant = attendant
             self._open_ops = 0
-            return True
 
     @property
     def ended(self) -> bool:
@@ -285,48 +303,37 @@ class Mailbox:
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal()
-            if (
-                nested
-                or not (ops or requests)
-                or self._is_free(ops, nbytes, requests)
-                or self._may_exceed(ops, nbytes, requests)
-            ):
+            if nested or not (ops or requests) or self._may_enter(ops, nbytes, requests):
                 self._append(places, ops, nbytes, requests)
             else:
                 poster = Poster(places, ops, nbytes, requests)
                 self._posters.append(poster)
                 self._open_ops = 0
-            attendant = self._attendant
         if poster is not None:
             self._wait_for_room(poster)
-        elif attendant is not None and not nested:
-            attendant()
+        if self._attendant is not None and not nested:
+            self._attendant()
 
-    def _is_free(self, ops: int, nbytes: int, requests: int) -> bool:
-        """Say whether there is room, and nobody of the same kind who came before waits for it."""
-        ahead = any(bool(waiting.ops) == bool(ops) for waiting in self._posters)
-        return not ahead and self._fits(ops, nbytes, requests, 1)
-
-    def _level(self) -> Level:
-        return Level(self._ops, self._bytes, self._requests, self._in_flight)
-
-    def _fits(self, ops: int, nbytes: int, requests: int, factor: int) -> bool:
-        return self.bounds.fit(self._level(), ops, nbytes, requests, factor)
-
-    def _may_exceed(self, ops: int, nbytes: int, requests: int) -> bool:
-        """Say whether a post is taken over the bound; raise `Overloaded` if it may neither be taken nor wait."""
+    def _may_enter(self, ops: int, nbytes: int, requests: int) -> bool:
+        """Say whether a post is taken now; raise `Overloaded` if it may neither be taken nor wait for room."""
+        ahead = any(bool(waiting.ops) == bool(ops) for waiting in self._posters)  # who came before, and of this kind
+        if not ahead and self.bounds.fit(self._level(), ops, nbytes, requests, 1):
+            return True
         me = get_ident()
         if me in self.never_waits or (self._holder is not None and me == self._holder_thread):
             return True
         if any(waiting.thread == me for waiting in self._posters):
             return True  # a signal handler while this very thread waits for room
         if running_loop() is not None:
-            if self._fits(ops, nbytes, requests, 2):
+            if self.bounds.fit(self._level(), ops, nbytes, requests, 2):
                 return True
             raise self._overloaded("and this thread runs an event loop, which must not wait")
         if self.bounds.on_full == "raise":
             raise self._overloaded("and the job was opened with on_full='raise'")
         return False
+
+    def _level(self) -> Level:
+        return Level(self._ops, self._bytes, self._requests, self._in_flight)
 
     def _overloaded(self, why: str) -> Overloaded:
         waiting = f"{self._ops} operations, {self._bytes} bytes, {self._requests} requests waiting"
@@ -367,7 +374,7 @@ class Mailbox:
         waiting, self._posters = self._posters, deque()
         for poster in waiting:
             kind = bool(poster.ops)
-            if kind in stuck or not self._fits(poster.ops, poster.nbytes, poster.requests, 1):
+            if kind in stuck or not self.bounds.fit(self._level(), poster.ops, poster.nbytes, poster.requests, 1):
                 stuck.add(kind)
                 self._posters.append(poster)
             else:

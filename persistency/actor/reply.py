@@ -249,7 +249,7 @@ class Reply(Future[T]):
 
     def __repr__(self) -> str:
         outcome = f" raised {type(self._exception).__name__}" if self._exception is not None else ""
-        return f"<{type(self).__name__} {self._state.split('_')[0].lower()}{outcome}>"
+        return f"<Reply {self._state.split('_')[0].lower()}{outcome}>"
 
 
 class _Wait:

@@ -48,6 +48,8 @@ log = logging.getLogger("persistency")
 
 RETRY_SECONDS_MIN = 0.05
 RETRY_SECONDS_MAX = 1.0
+# How long a late poster waits for another one's turn: a thread that was frozen in the middle of it never gives it back.
+LATE_TURN_SECONDS_MAX = 5.0
 
 Answer = tuple[Reply[Any], Any, BaseException | None]
 NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
@@ -101,12 +103,17 @@ class Worker:
 
     def start(self) -> None:
         """Start the thread; `opened` is settled when the store is open, or with why it isn't."""
-        threading.Thread(target=self._run, name=f"persistency:{self._job_id}", daemon=True).start()
+        thread = threading.Thread(target=self._run, name=f"persistency:{self._job_id}", daemon=True)
+        try:
+            thread.start()
+        except BaseException as error:
+            self._not_opened(error)
 
     def start_unattended(self) -> None:
         """Open the store in this thread and serve every poster in its own; for when no thread can be started."""
         if self._open():
-            self._mailbox.unattend(self.serve)
+            self._over = True
+            self._mailbox.unattend(self._serve_late)
 
     def close(self, *, drain: bool = True) -> Reply[None]:
         """Refuse further posts, run what waits (or fail it with `Closed`), close the store; `closed` tells."""
@@ -117,7 +124,10 @@ class Worker:
         return self.closed
 
     def retire(self) -> Reply[None]:
-        """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
+        """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves.
+
+        What they write is committed as ever, but the file isn't tidied up again: there is no last moment to do it in.
+        """
         if self._retired is None:
             self._retired = pending(self._mailbox, reads=False)
             self._mailbox.ring()
@@ -147,8 +157,7 @@ class Worker:
         try:
             self._store = store = self._open_store()
         except BaseException as error:
-            self._mailbox.shut(lambda: Closed(f"job {self._job_id!r} could not be opened"))
-            settle_all([(self.opened, None, error), (self.closed, None, None)])
+            self._not_opened(error)
             return False
         if store.reads_in_place:
             self._mailbox.get_in_place = lambda category, key: store.get(category, key, self._now_ms())
@@ -157,17 +166,25 @@ class Worker:
         settle_all([(self.opened, None, None)])
         return True
 
+    def _not_opened(self, error: BaseException) -> None:
+        self._over = self._ended = True
+        self._mailbox.shut(lambda: Closed(f"job {self._job_id!r} could not be opened"))
+        settle_all([(self.opened, None, error), (self.closed, None, None)])
+
     # -- one turn ------------------------------------------------------------------------------------------------
 
-    def serve(self) -> None:
-        """Run one turn, if nobody else has it."""
+    def _serve_late(self) -> None:
+        self.serve(patience=LATE_TURN_SECONDS_MAX)
+
+    def serve(self, *, patience: float = 0.0) -> None:
+        """Run one turn; with `patience`, wait so many seconds for it if somebody else has it."""
         if self._ended:
             return
         token = object()
         answers: list[Answer] = []
         group: Group | None = None
         try:
-            group = self._mailbox.take(token)
+            group = self._mailbox.take(token, patience=patience)
             if group is None:
                 return
             if group:
@@ -176,7 +193,7 @@ class Worker:
             answers += self._look_after()
             if self._mailbox.ended:
                 answers += self._end()
-            elif self._retired is not None and self._mailbox.unattend(self.serve):
+            elif self._retired is not None and not self._over:
                 answers += self._retire()
         except BaseException as error:
             # A defect, or an exception somebody has thrown into this thread: nobody may be left waiting for it.
@@ -339,10 +356,14 @@ class Worker:
 
     def _retire(self) -> list[Answer]:
         assert self._retired is not None
+        # First the posters are told, then what came until then is run: beside one that never pauses it ends too.
+        self._mailbox.unattend(self._serve_late)
+        rest = self._mailbox.take_more()
+        answers = self._decide(rest) if rest else []
         if isinstance(self._store, Checkpointing):
             self._store.settle()
         self._over = True
-        return [(self._retired, None, None)]
+        return [*answers, (self._retired, None, None)]
 
 
 def _ops(message: Any) -> int:

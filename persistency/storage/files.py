@@ -77,16 +77,13 @@ def real_root(root: str | os.PathLike[str]) -> Path:
     """Return the root as an absolute path without links. Raises `Misuse` if it is, or lies under, a file."""
     try:
         path = Path(os.path.realpath(root))
-        if os.path.lexists(path) and not path.is_dir():
-            raise Misuse(f"root {os.fspath(root)!r} is a file: pass a directory, existing or not")
-        for parent in path.parents:
-            if os.path.lexists(parent):
-                if not parent.is_dir():
-                    raise Misuse(f"root {os.fspath(root)!r} lies under the file {str(parent)!r}: pass a directory")
-                break
+        there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        if there.is_dir():
+            return path
     except (OSError, ValueError) as error:
         raise Misuse(f"root {root!r} can't be used: {error}: pass the path of a directory") from error
-    return path
+    what = "is" if there == path else f"lies under {str(there)!r}, which is"
+    raise Misuse(f"root {os.fspath(root)!r} {what} a file: pass the path of a directory, existing or not")
 
 
 def make_root(path: Path) -> None:
@@ -124,11 +121,20 @@ def check_regular(path: Path) -> bool:
     return True
 
 
-def prepare(path: Path) -> bool:
-    """Make sure the database file is there, ours alone to open, mode 0600. Returns whether it is a new one."""
+def size(path: Path) -> int | None:
+    """Return the size of a regular file, or `None` if there is none: another process may just have removed it."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def clear_leftovers(path: Path) -> bool:
+    """Return whether the database file is there; if not, clear away what SQLite would take for a part of a new one."""
     left = [beside for beside in sidecars(path) if check_regular(beside)]
     if check_regular(path):
-        return path.stat().st_size == 0
+        return True
     if any(beside.stat().st_size for beside in left if beside.name.endswith("-wal")):
         raise Corrupt(
             f"{str(path)!r} is gone, but its write-ahead log is still there",
@@ -136,6 +142,13 @@ def prepare(path: Path) -> bool:
         )
     for beside in left:
         beside.unlink()
+    return False
+
+
+def prepare(path: Path) -> bool:
+    """Make sure the database file is there, ours alone to open, mode 0600. Returns whether it is a new one."""
+    if clear_leftovers(path):
+        return path.stat().st_size == 0
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
