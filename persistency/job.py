@@ -133,7 +133,10 @@ class Job:
     def persist(self, ops: Op | Iterable[Op]) -> None:
         """Post one operation or several, all or nothing: `Put`, `Delete`, `DeletePrefix`, `DeleteRange`, `Check`."""
         batch, nbytes = as_batch(ops)
-        self._mailbox.tell(batch, batch.ops, nbytes)
+        if batch.ops:
+            self._mailbox.tell(batch, batch.ops, nbytes)
+        else:
+            self._mailbox.check()
 
     # -- reads ---------------------------------------------------------------------------------------------------
 

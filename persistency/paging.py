@@ -4,7 +4,7 @@ Rules:
   1. Between pages nothing is held: no lock, no read transaction. A paused consumer blocks nobody.
   2. The next page starts behind the last key given, so writing while iterating is safe: a key that is there
      throughout is seen exactly once.
-  3. Where the mailbox is full a page waits for room, also under an event loop.
+  3. Where the mailbox is full a page waits for room, in a thread and under an event loop, whatever `on_full` says.
 
 Doesn't know: where the pages come from.
 """
@@ -27,8 +27,8 @@ class _Reply(Protocol):
 class Pages(Generic[T]):
     """Rows of a range. Each `for`, and each `async for`, walks from the beginning.
 
-    `ask(start, stop, limit)` requests a page as (key, payload) pairs; `drain()` is awaited where that is refused for
-    want of room; `make(key, payload)` makes what the consumer sees.
+    `ask(start, stop, limit)` requests a page as (key, payload) pairs; `drain()` is waited for where that is refused
+    for want of room; `make(key, payload)` makes what the consumer sees.
     """
 
     def __init__(
@@ -51,7 +51,11 @@ class Pages(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         span: tuple[bytes, bytes | None] | None = self._span
         while span is not None:
-            rows = self._ask(*span, self._page).result()
+            try:
+                rows = self._ask(*span, self._page).result()
+            except Overloaded:
+                self._drain().result()
+                continue
             for key, payload in rows:
                 yield self._make(key, payload)
             span = self._behind(span, rows)

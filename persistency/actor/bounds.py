@@ -10,6 +10,7 @@ Doesn't know: the line itself.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from persistency.errors import PersistencyError
 
 OnFull = Literal["block", "raise"]
+Refusal = Callable[[], PersistencyError]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,16 +24,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any
 
-from persistency.actor.bounds import Bounds, Level, Poster
+from persistency.actor.bounds import Bounds, Level, Poster, Refusal
 from persistency.actor.reply import FINISHED, Reply, running_loop
-from persistency.actor.settling import cancel, new_reply, pending, ready, settle_all
-from persistency.errors import Overloaded, PersistencyError, StorageError
+from persistency.actor.settling import cancel, pending, ready, settle_all
+from persistency.errors import Overloaded, StorageError
 from persistency.storage.port import GetRow, Group
 
-T = TypeVar("T")
-Refusal = Callable[[], PersistencyError]
+_new_reply = Reply.__new__
 
 
 class Mailbox:
@@ -43,7 +42,7 @@ class Mailbox:
         self.bounds = bounds
         # Set by the worker while it can be asked in place; they run in the thread that holds the turn.
         self.get_in_place: Callable[[bytes, bytes], bytes | None] | None = None
-        self.read_in_place: Callable[[Any], Any] | None = None
+        self.read_in_place: Callable[[Any], Reply[Any]] | None = None
         self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None
         # Threads that must never wait for room here: the worker, and whoever runs callbacks for it.
         self.never_waits: set[int] = set()
@@ -57,6 +56,7 @@ class Mailbox:
         self._in_flight = 0
         self._open_ops = bounds.ops_max  # what a plain put may go up to; 0 where it has to look closer
         self._bytes_max = bounds.bytes_max
+        self._inline = bounds.inline
         self._refusal: Refusal | None = None
         self._closed = False
         # the turn, the sleeper,
@@ -89,6 +89,11 @@ class Mailbox:
         """Post any other event."""
         self._post((None, message, None), ops, nbytes, 0)
 
+    def check(self) -> None:
+        """Raise what the mailbox was closed with, if it was."""
+        if self._refusal is not None:
+            raise self._refusal()
+
     def ask(self, message: Any, *, reads: bool, ops: int = 0, nbytes: int = 0, free: bool = False) -> Reply[Any]:
         """Post a request and return its reply; a `free` one needs no room."""
         reply = pending(self, reads=reads)
@@ -97,15 +102,15 @@ class Mailbox:
 
     def get(self, category: bytes, key: bytes) -> Reply[bytes | None]:
         """Answer a point read: in place if nothing is waiting and the turn is free, else through the line."""
-        if not self._messages and (self.bounds.inline or running_loop() is None):
-            reply = new_reply()
+        if not self._messages and (self._inline or running_loop() is None):
+            reply = _new_reply(Reply)
             try:
                 with self._lock:
-                    if self._holder is None and not self._messages and self.get_in_place is not None:
+                    get = self.get_in_place
+                    if self._holder is None and get is not None and not self._messages:
                         self._holder_thread = get_ident()
                         self._holder = reply
-                        get = self.get_in_place
-                if self._holder is reply:
+                if self._holder is reply and get is not None:
                     # As `ready` does; a call would cost a tenth of the whole read.
                     reply._result = get(category, key)
                     reply._state = FINISHED
@@ -121,29 +126,28 @@ class Mailbox:
 
     def read(self, message: Any, *, point: bool = False) -> Reply[Any]:
         """Answer a read: in place where `get` would be; under an event loop only if it is a `point` read."""
-        if not self._messages and ((point and self.bounds.inline) or running_loop() is None):
-            token = object()
-            try:
-                if self._take_turn(token) and self.read_in_place is not None:
-                    return ready(self.read_in_place(message))
-            except StorageError as error:
-                return ready(error=error)
-            finally:
-                self.give_back(token)
-        return self.ask(message, reads=True)
+        reply = None
+        if not self._messages and ((point and self._inline) or running_loop() is None):
+            reply = self._in_place(self.read_in_place, message)
+        return reply or self.ask(message, reads=True)
 
     def write(self, message: Any, ops: int, nbytes: int, *, free: bool = False) -> Reply[Any]:
         """Answer a request that writes, or a barrier: in place for a plain thread that finds the job idle."""
+        reply = None
         if not self._messages and running_loop() is None:
-            token = object()
-            try:
-                if self._take_turn(token) and self.write_in_place is not None:
-                    return self.write_in_place(message, ops)
-            except StorageError:
-                pass  # Nothing was applied. The worker knows how to wait until it can be.
-            finally:
-                self.give_back(token)
-        return self.ask(message, reads=False, ops=ops, nbytes=nbytes, free=free)
+            reply = self._in_place(self.write_in_place, message, ops)
+        return reply or self.ask(message, reads=False, ops=ops, nbytes=nbytes, free=free)
+
+    def _in_place(self, serve: Callable[..., Reply[Any]] | None, *args: Any) -> Reply[Any] | None:
+        token = object()
+        try:
+            if serve is not None and self._take_turn(token):
+                return serve(*args)
+        except StorageError:
+            pass  # Nothing was applied. The worker knows how to wait until it can be.
+        finally:
+            self.give_back(token)
+        return None
 
     def _take_turn(self, token: object) -> bool:
         with self._lock:
@@ -179,7 +183,7 @@ class Mailbox:
         self._bell.acquire()
 
     def ring(self) -> None:
-        """Wake the worker to look after something other than messages; if it is awake, don't let it fall asleep."""
+        """Wake the worker for something other than messages; if it is awake, don't let it fall asleep."""
         with self._lock:
             if self._asleep:
                 self._ring()
@@ -261,7 +265,7 @@ class Mailbox:
         """Whether nothing waits."""
         return not self._messages
 
-    def look_at_level(self, look: Callable[[Level], T]) -> T:
+    def look_at_level(self, look: Callable[[Level], Any]) -> Any:
         """Return what `look` makes of how much is waiting, while nothing can change."""
         with self._lock:
             return look(self._level())
@@ -269,8 +273,7 @@ class Mailbox:
     def drain(self) -> Reply[None]:
         """Return a reply that is settled when the line is below its low-water mark: half of the bounds."""
         with self._lock:
-            if self._refusal is not None:
-                raise self._refusal()
+            self.check()
             if self.bounds.low(self._level()):
                 return ready()
             reply = pending(self, reads=False)
@@ -301,8 +304,7 @@ class Mailbox:
         nested: bool = self._lock._is_owned()  # type: ignore[attr-defined]  # what threading.Condition relies on
         poster = None
         with self._lock:
-            if self._refusal is not None:
-                raise self._refusal()
+            self.check()
             if nested or not (ops or requests) or self._may_enter(ops, nbytes, requests):
                 self._append(places, ops, nbytes, requests)
             else:

@@ -34,7 +34,6 @@ from persistency.actor.tally import Statistics, Tally
 from persistency.errors import Closed, Corrupt, Failure, PersistencyError, Poisoned, StorageError
 from persistency.storage.port import (
     PLACES,
-    READS,
     Barrier,
     Batch,
     Checkpointing,
@@ -42,6 +41,7 @@ from persistency.storage.port import (
     Group,
     OutcomeUnknown,
     Store,
+    operations,
 )
 
 log = logging.getLogger("persistency")
@@ -137,9 +137,10 @@ class Worker:
         """Return the numbers of this instant."""
         store = self._store
         wal_bytes = 0 if store is None else store.status().wal_bytes
-        return self._mailbox.look_at_level(
+        now: Statistics = self._mailbox.look_at_level(
             lambda level: self._tally.statistics(level.ops + level.in_flight, level.nbytes, wal_bytes)
         )
+        return now
 
     def _run(self) -> None:
         self._mailbox.worker_thread = get_ident()
@@ -160,8 +161,9 @@ class Worker:
             self._not_opened(error)
             return False
         if store.reads_in_place:
-            self._mailbox.get_in_place = lambda category, key: store.get(category, key, self._now_ms())
-            self._mailbox.read_in_place = lambda message: store.read(message, self._now_ms())
+            get, now_ms = store.get, self._now_ms
+            self._mailbox.get_in_place = lambda category, key: get(category, key, now_ms())
+            self._mailbox.read_in_place = self._read_in_place
             self._mailbox.write_in_place = self._write_in_place
         settle_all([(self.opened, None, None)])
         return True
@@ -204,7 +206,8 @@ class Worker:
 
     def _decide(self, group: Group) -> list[Answer]:
         if self._discards:
-            return self._fail(group, Closed(f"job {self._job_id!r} was closed without draining"))
+            closed = Closed(f"job {self._job_id!r} was closed without draining")
+            return self._fail((group, closed, "not applied"))
         try:
             outcomes = self._apply(group)
         except _Fatal as fatal:
@@ -241,27 +244,24 @@ class Worker:
                 self._tally.commit(perf_counter() - begun)
             return outcomes
 
-    def _account(self, group: Group, outcomes: list[Any], outcome: str = "not applied") -> list[Answer]:
+    def _account(self, group: Group, outcomes: list[Any]) -> list[Answer]:
         """Count what became of a group, keep the failures of events, return the answers of requests."""
+        if None not in group[::PLACES] and Failed not in map(type, outcomes):
+            self._count(len(outcomes), 0)
+            return []
+        answers, committed, failed = self._tell(group, outcomes, "not applied")
+        self._count(committed, failed)
+        return answers
+
+    def _tell(self, group: Group, outcomes: list[Any], outcome: str) -> tuple[list[Answer], int, int]:
+        """Keep the failures of events; return the answers of requests, and how many operations went well, and not."""
         answers: list[Answer] = []
         failed_events: list[Failure] = []
         committed = failed = 0
-        if None not in group[::PLACES] and Failed not in map(type, outcomes):
-            committed = len(outcomes)
-        else:
-            for at, result in enumerate(outcomes):
-                category, message, reply = group[at * PLACES : (at + 1) * PLACES]
-                ops = 1 if category is not None else _ops(message)
-                if type(result) is not Failed:
-                    committed += ops
-                    if category is None and reply is not None:
-                        if type(message) is Barrier:
-                            self._failures.record(failed_events)
-                            failed_events = []
-                            answers.append((reply, None, self._failures.take()))
-                        else:
-                            answers.append((reply, result, None))
-                    continue
+        for at, result in enumerate(outcomes):
+            category, message, reply = group[at * PLACES : (at + 1) * PLACES]
+            ops = 1 if category is not None else operations(message)
+            if type(result) is Failed:
                 failed += ops
                 named = [Failure(op, result.error, outcome) for op in self._name_ops(category, message, reply)]
                 if category is not None or reply is None:
@@ -269,9 +269,17 @@ class Worker:
                 else:
                     self._answer_failed(reply, result.error, named)
                     answers.append((reply, None, result.error))
-        self._count(committed, failed)
+                continue
+            committed += ops
+            if category is None and reply is not None:
+                if type(message) is Barrier:
+                    self._failures.record(failed_events)
+                    failed_events = []
+                    answers.append((reply, None, self._failures.take()))
+                else:
+                    answers.append((reply, result, None))
         self._failures.record(failed_events)
-        return answers
+        return answers, committed, failed
 
     def _answer_failed(self, reply: Reply[Any], error: Exception, named: list[Failure]) -> None:
         if named:
@@ -284,8 +292,23 @@ class Worker:
 
         self._mailbox.decided(count)
 
-    def _fail(self, group: Group, error: PersistencyError, outcome: str = "not applied") -> list[Answer]:
-        return self._account(group, [Failed(error)] * (len(group) // PLACES), outcome)
+    def _fail(self, *groups: tuple[Group, PersistencyError, str]) -> list[Answer]:
+        """Fail groups whole, each with its error and outcome, as one step for whoever looks at the numbers."""
+        answers: list[Answer] = []
+        failed = 0
+        for group, error, outcome in groups:
+            told, _, ops = self._tell(group, [Failed(error)] * (len(group) // PLACES), outcome)
+            answers += told
+            failed += ops
+        self._count(0, failed)
+        return answers
+
+    def _read_in_place(self, message: Any) -> Reply[Any]:
+        assert self._store is not None
+        try:
+            return ready(self._store.read(message, self._now_ms()))
+        except StorageError as error:
+            return ready(error=error)
 
     def _write_in_place(self, message: Any, ops: int) -> Reply[Any]:
         """Run one write request for a caller that holds the turn. Raises `StorageError` if nothing was applied."""
@@ -337,8 +360,7 @@ class Worker:
         log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
         self._tally.state = "poisoned"
         behind = self._mailbox.shut(refusal)
-        answers = self._fail(group, refusal(), outcome) if group else []
-        return answers + (self._fail(behind, refusal()) if behind else [])
+        return self._fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
 
     def _end(self) -> list[Answer]:
         error: BaseException | None = None
@@ -366,16 +388,8 @@ class Worker:
         return [*answers, (self._retired, None, None)]
 
 
-def _ops(message: Any) -> int:
-    """Return how many write operations a message is."""
-    kind = type(message)
-    if kind is Batch:
-        return int(message.ops)
-    return 0 if kind in READS or kind is Barrier else 1
-
-
 def _writes(group: Group) -> bool:
     return any(
-        category is not None or _ops(message)
+        category is not None or operations(message)
         for category, message in zip(group[::PLACES], group[1::PLACES], strict=True)
     )

@@ -165,6 +165,14 @@ READS: frozenset[type] = frozenset(
 )
 
 
+def operations(message: Any) -> int:
+    """Return how many write operations a message is; a read or a barrier is none."""
+    kind = type(message)
+    if kind is Batch:
+        return int(message.ops)
+    return 0 if kind in READS or kind is Barrier else 1
+
+
 class OutcomeUnknown(Exception):
     """COMMIT failed and whether it happened can't be told on this connection; the cause says why."""
 

@@ -305,14 +305,14 @@ def test_a_read_error_in_place_fails_that_read_alone() -> None:
     with Actor() as actor:
         actor.put(b"k")
         flush(actor)
-        original = actor.store.get
+        original = actor.mailbox.get_in_place
 
         def broken(*_args: Any) -> bytes | None:
             raise StorageError("read failed", 266)
 
-        actor.store.get = broken  # type: ignore[method-assign]
+        actor.mailbox.get_in_place = broken
         assert isinstance(actor.mailbox.get(b"c", b"k").exception(), StorageError)
-        actor.store.get = original  # type: ignore[method-assign]
+        actor.mailbox.get_in_place = original
         assert actor.mailbox.get(b"c", b"k").result() == b"x"
 
 
