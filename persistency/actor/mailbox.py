@@ -8,8 +8,7 @@ thread and back.
 Rules:
   1. Posting, taking, turns and closing are one critical section: nothing slips in behind a closing. It is
      re-entrant, because signal handlers and `__del__` post too; such a post is taken over the bound, not made to wait.
-  2. Writes are bounded by operations and by bytes, waiting requests by a number of their own. A message is wholly
-     taken or refused; one larger than the bound is taken whole by an empty mailbox.
+  2. A message is wholly taken or refused; one larger than the bounds is taken whole by an empty mailbox.
   3. Where it is full a plain thread waits, first come first served; a thread that runs an event loop never does: it
      may go over the bounds by as much again, and is then refused.
   4. Nobody sleeps while there is something to do: the bell is rung if, and only if, the worker is asleep.
@@ -40,7 +39,7 @@ class Mailbox:
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
-        # Set by the worker while it can be asked in place; they run in the thread that holds the turn.
+        # Set by the worker while it can be asked in place; run by whoever has the turn.
         self.get_in_place: Callable[[bytes, bytes], bytes | None] | None = None
         self.read_in_place: Callable[[Any], Reply[Any]] | None = None
         self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None

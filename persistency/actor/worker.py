@@ -35,7 +35,6 @@ from persistency.errors import Closed, Corrupt, Failure, PersistencyError, Poiso
 from persistency.storage.port import (
     PLACES,
     Barrier,
-    Batch,
     Checkpointing,
     Failed,
     Group,
