@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from persistency.codec.keys import Key, KeyRange, as_key
+from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key, pack
 from persistency.errors import Misuse
 from persistency.ops import Check, Delete, DeletePrefix, DeleteRange, Op, Put
 from persistency.storage.port import PAYLOAD_BYTES_MAX, PLACES, Batch, DropRange, DropRow, Expect, Group
@@ -55,6 +55,20 @@ def as_category(value: str) -> bytes:
         if isinstance(error, Misuse):
             raise
         raise Misuse(f"category must be a str, not {type(value).__name__}: pass a name like 'messages'") from error
+
+
+def as_key_bytes(value: Key | tuple[Any, ...]) -> bytes:
+    """Return a key's bytes, a tuple's without making a `Key` of them: what waits in a mailbox is nothing to the
+    garbage collector then, which walks over every object of a class made in Python.
+    """
+    if isinstance(value, tuple):
+        try:
+            data = pack(value)
+        except Misuse:
+            return as_key(value)  # raises it again, with the argument's name
+        if len(data) <= KEY_BYTES_MAX:
+            return data
+    return as_key(value)
 
 
 def as_payload(value: Any) -> bytes:
@@ -174,7 +188,7 @@ def as_batch(ops: Op | Iterable[Op]) -> tuple[Batch, int]:
 def _as_places(op: Any) -> tuple[Any, Any, Any]:
     match op:
         case Put():
-            return as_category(op.category), as_key(op.key), as_payload(op.payload)
+            return as_category(op.category), as_key_bytes(op.key), as_payload(op.payload)
         case Delete():
             return None, DropRow(as_category(op.category), as_key(op.key)), None
         case DeletePrefix():
@@ -195,7 +209,7 @@ def _as_places(op: Any) -> tuple[Any, Any, Any]:
 def name_ops(category: bytes | None, message: Any, payload: Any) -> tuple[Any, ...]:
     """Return the operations a message was made of: the very objects of a batch, else ones that mean the same."""
     if category is not None:
-        return (Put(category.decode(), message, payload),)
+        return (Put(category.decode(), message if isinstance(message, Key) else Key(message), payload),)
     if type(message) is Batch:
         return message.origin
     if type(message) is DropRow:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from persistency.actor.bounds import OnFull
 from persistency.actor.reply import Reply
 from persistency.arguments import as_seconds
-from persistency.errors import Closed, Failure, JobNotFound, Misuse, PersistencyError, WriteFailed
+from persistency.errors import Closed, Failure, JobNotFound, Misuse, WriteFailed
 from persistency.job import Job
 from persistency.options import DEFAULT, Default, OnError, checked
 from persistency.registry import Site
@@ -177,23 +177,27 @@ class Persistency:
         if self._closed:
             raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
         job_id = secrets.token_hex(12) if job_id is None else job_id
-        job = yield from self._site.open(job_id, given, self._now_ms, self._exit_timeout)
-        with self._lock:
-            held = self._jobs.get(job_id)
-            if not self._closed and (held is None or held.closed):
-                self._jobs[job_id] = job
-                return job
-        job.close(drain=False)  # a second lease, given back: the worker goes on with the first
-        if held is None or held.closed:
-            raise Closed(f"{self!r} was closed while job {job_id!r} opened")
-        return held
+        forget = _forgetter(weakref.ref(self))
+        while True:
+            job = yield from self._site.open(job_id, given, self._now_ms, self._exit_timeout, forget)
+            with self._lock:
+                held = self._jobs.get(job_id)
+                if held is None and not self._closed:
+                    self._jobs[job_id] = job
+                    return job
+            # A second lease isn't needed; if the first was given back meanwhile, it was the last one: try again.
+            job.leave(flush=False)
+            if self._closed:
+                raise Closed(f"{self!r} was closed while job {job_id!r} opened")
+            if held is not None and not held.closed:
+                return held
 
     def job(self, job_id: str) -> Job:
         """Return the handle of an open job. Raises `JobNotFound` if it isn't open here."""
         self._site.root.path(job_id)
         with self._lock:
             job = self._jobs.get(job_id)
-        if job is None or job.closed:
+        if job is None:
             raise JobNotFound(f"no open job with id {job_id!r}")
         return job
 
@@ -203,9 +207,7 @@ class Persistency:
     def has_job(self, job_id: str) -> bool:
         """Say whether a job is open here."""
         self._site.root.path(job_id)
-        with self._lock:
-            job = self._jobs.get(job_id)
-        return job is not None and not job.closed
+        return job_id in self._jobs
 
     def __contains__(self, job_id: object) -> bool:
         try:
@@ -215,10 +217,10 @@ class Persistency:
 
     def __iter__(self) -> Iterator[str]:
         with self._lock:
-            return iter([job_id for job_id, job in self._jobs.items() if not job.closed])
+            return iter(list(self._jobs))
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(self._jobs)
 
     def __bool__(self) -> bool:
         return True  # an empty one is still there
@@ -228,7 +230,7 @@ class Persistency:
         self._site.root.path(job_id)
         timeout = as_seconds(timeout, "timeout")
         with self._lock:
-            job = self._jobs.pop(job_id, None)
+            job = self._jobs.get(job_id)
         if job is not None:
             job.close(timeout)
 
@@ -246,8 +248,9 @@ class Persistency:
     def _dropping(self, job_id: str) -> Generator[Reply[None], None, list[Path]]:
         if self._closed:
             raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
+        self._site.root.path(job_id)
         with self._lock:
-            job = self._jobs.pop(job_id, None)
+            job = self._jobs.get(job_id)
         if job is not None:
             # What it reports was told already, and what it is about is to be deleted anyway.
             with contextlib.suppress(WriteFailed):
@@ -279,18 +282,18 @@ class Persistency:
         leaving = {job_id: job.leave() for job_id, job in jobs.items()}
         failures: list[Failure] = []
         omitted = 0
-        first: PersistencyError | None = None
+        first: Exception | None = None
         for reply in leaving.values():
             try:
                 yield reply
             except WriteFailed as failed:
                 failures += failed.failures
                 omitted += failed.omitted
-            except PersistencyError as error:
-                first = first or error
             except TimeoutError:
                 late = ", ".join(repr(job_id) for job_id, other in leaving.items() if not other.done())
                 raise TimeoutError(f"still closing: {late}; they keep closing") from None
+            except Exception as error:
+                first = first or error
         if failures or omitted:
             raise WriteFailed(failures, omitted) from first
         if first is not None:
@@ -338,7 +341,7 @@ class Persistency:
     ) -> None:
         try:
             self.close()
-        except PersistencyError as failed:
+        except Exception as failed:
             if error is None:
                 raise
             error.add_note(f"and closing {self!r} raised {failed!r}")  # without masking what came first
@@ -351,7 +354,7 @@ class Persistency:
     ) -> None:
         try:
             await self.aclose()
-        except PersistencyError as failed:
+        except Exception as failed:
             if error is None:
                 raise
             error.add_note(f"and closing {self!r} raised {failed!r}")
@@ -360,8 +363,21 @@ class Persistency:
         return f"<Persistency {self.root!r}{' (closed)' if self._closed else ''}>"
 
     def __del__(self) -> None:
-        if not self._closed and any(not job.closed for job in self._jobs.values()):
+        if not self._closed and self._jobs:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+
+
+def _forgetter(owner: weakref.ref[Persistency]) -> Callable[[Job], None]:
+    """Return what a closed handle calls, so that its Persistency forgets it; without keeping that alive."""
+
+    def forget(job: Job) -> None:
+        found = owner()
+        if found is not None:
+            with found._lock:
+                if found._jobs.get(job.id) is job:
+                    del found._jobs[job.id]
+
+    return forget
 
 
 _OPTION_NAMES = {

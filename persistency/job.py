@@ -33,6 +33,7 @@ from persistency.arguments import (
     as_doomed_prefix,
     as_doomed_range,
     as_flag,
+    as_key_bytes,
     as_keys,
     as_limit,
     as_payload,
@@ -40,7 +41,7 @@ from persistency.arguments import (
     as_seconds,
 )
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key
-from persistency.errors import Closed, Misuse, PersistencyError
+from persistency.errors import Closed, Misuse
 from persistency.ops import Entry, Found, KeyLike, Op, Payload, Row
 from persistency.paging import Pages
 from persistency.storage.port import (
@@ -93,7 +94,7 @@ class Job:
         path: Path | None,
         mailbox: Mailbox,
         statistics: Callable[[], Statistics],
-        release: Callable[[Job, bool], Reply[None]],
+        release: Callable[[Job, bool, bool], Reply[None]],
     ) -> None:
         self.id = job_id
         self.path = path
@@ -112,8 +113,8 @@ class Job:
             if nbytes <= KEY_BYTES_MAX and type(category) is str:
                 self._mailbox.put(CATEGORIES[category], key, payload, nbytes)
                 return
-        key, payload = as_key(key), as_payload(payload)
-        self._mailbox.put(as_category(category), key, payload, len(key) + len(payload))
+        encoded, payload = as_key_bytes(key), as_payload(payload)
+        self._mailbox.put(as_category(category), encoded, payload, len(encoded) + len(payload))
 
     def delete(self, category: str, key: KeyLike) -> None:
         """Remove one row; a missing one is fine."""
@@ -289,9 +290,9 @@ class Job:
         """Do what `close` does, without blocking the event loop."""
         await self.leave()
 
-    def leave(self, *, drain: bool = True) -> Reply[None]:
-        """Begin to close; the reply is what `close` waits for."""
-        return self._release(self, drain)
+    def leave(self, *, drain: bool = True, flush: bool = True) -> Reply[None]:
+        """Begin to close; the reply is what `close` waits for. Without `flush` failures are left to other handles."""
+        return self._release(self, drain, flush)
 
     def shut(self) -> Mailbox:
         """Make this handle refuse everything from now on; return the mailbox it had. For the engine."""
@@ -307,7 +308,7 @@ class Job:
     ) -> None:
         try:
             self.close()
-        except PersistencyError as failed:
+        except Exception as failed:
             if error is None:
                 raise
             error.add_note(f"and closing job {self.id!r} raised {failed!r}")  # without masking what came first
@@ -320,7 +321,7 @@ class Job:
     ) -> None:
         try:
             await self.aclose()
-        except PersistencyError as failed:
+        except Exception as failed:
             if error is None:
                 raise
             error.add_note(f"and closing job {self.id!r} raised {failed!r}")

@@ -12,7 +12,7 @@ Doesn't know: how anything is stored, posted or encoded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from persistency.codec.keys import Key, KeyRange, as_key
 
@@ -95,6 +95,11 @@ class Found(dict[Key, bytes]):
     """
 
     __slots__ = ()
+
+    if TYPE_CHECKING:  # a method of our own would cost every look-up of a Key
+
+        def __getitem__(self, wanted: KeyLike) -> bytes:
+            """Return the payload of a `Key` or a tuple. Raises `KeyError` if it is not among the rows found."""
 
     def __missing__(self, wanted: object) -> bytes:
         if isinstance(wanted, tuple):

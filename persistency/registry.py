@@ -26,7 +26,7 @@ from persistency.actor.reply import Reply
 from persistency.actor.settling import pending, ready, settle_all
 from persistency.actor.worker import Worker
 from persistency.arguments import name_ops
-from persistency.errors import JobLocked, Misuse
+from persistency.errors import JobLocked, Misuse, PersistencyError
 from persistency.job import Job
 from persistency.options import JobOptions, differing
 from persistency.storage.port import Barrier, Root
@@ -56,9 +56,17 @@ class Site:
         self._entries: dict[str, _Entry] = {}
 
     def open(
-        self, job_id: str, given: dict[str, Any], now_ms: Callable[[], int], exit_timeout: float
+        self,
+        job_id: str,
+        given: dict[str, Any],
+        now_ms: Callable[[], int],
+        exit_timeout: float,
+        forget: Callable[[Job], None],
     ) -> Generator[Reply[None], None, Job]:
-        """Open a job and return a handle with a lease of its own; yields the replies to wait for on the way."""
+        """Open a job and return a handle with a lease of its own, which calls `forget` when it is closed.
+
+        Yields the replies to wait for on the way.
+        """
         path = self.root.path(job_id)
         lease = object()
         while True:
@@ -73,8 +81,10 @@ class Site:
             self._leave(job_id, entry, lease)
             raise
 
-        def release(job: Job, drain: bool) -> Reply[None]:
-            return self._release(entry, lease, job, drain=drain)
+        def release(job: Job, drain: bool, flush: bool) -> Reply[None]:
+            reply = self._release(entry, lease, job, drain=drain, flush=flush)
+            forget(job)
+            return reply
 
         return Job(job_id, path, entry.mailbox, worker.statistics, release)
 
@@ -152,8 +162,8 @@ class Site:
         if last:
             self._close(job_id, entry, drain=True)
 
-    def _release(self, entry: _Entry, lease: object, job: Job, *, drain: bool) -> Reply[None]:
-        """Close a handle, and with the last one the job."""
+    def _release(self, entry: _Entry, lease: object, job: Job, *, drain: bool, flush: bool) -> Reply[None]:
+        """Close a handle, and with the last one the job; with others left, `flush` what was posted until now."""
         with self._lock:
             if job.closed:
                 return ready()
@@ -163,7 +173,10 @@ class Site:
             entry.leaving = entry.leaving or last
         if last:
             return self._close(job.id, entry, drain=drain)
-        return mailbox.write(Barrier(), 0, 0, free=True) if drain else ready()
+        try:
+            return mailbox.write(Barrier(), 0, 0, free=True) if drain and flush else ready()
+        except PersistencyError as error:  # the job is poisoned
+            return ready(error=error)
 
     def _close(self, job_id: str, entry: _Entry, *, drain: bool) -> Reply[None]:
         assert entry.worker is not None

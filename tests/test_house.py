@@ -36,6 +36,7 @@ FLOORS = [
     "paging",
     "arguments",
     "actor.worker",
+    "actor.accounts",
     "actor.mailbox",
     "actor.bounds",
     "actor.settling",

@@ -11,7 +11,7 @@ Rules:
   2. A message is wholly taken or refused; one larger than the bounds is taken whole by an empty mailbox.
   3. Where it is full a plain thread waits, first come first served; a thread that runs an event loop never does: it
      may go over the bounds by as much again, and is then refused.
-  4. Nobody sleeps while there is something to do: the bell is rung if, and only if, the worker is asleep.
+  4. Nobody sleeps while there is something to do; the bell is rung only where the worker is asleep.
   5. The turn's holder is a token of the one call that took it, so that an interrupted call gives it back.
 
 Doesn't know: what a message means, the store, files.
@@ -150,11 +150,16 @@ class Mailbox:
 
     def _take_turn(self, token: object) -> bool:
         with self._lock:
-            if self._holder is None and not self._messages and self._refusal is None:
-                self._holder_thread = get_ident()
-                self._holder = token
-                return True
-        return False
+            return not self._messages and self._refusal is None and self.hold(token)
+
+    def hold(self, token: object) -> bool:
+        """Take the turn alone, if nobody has it."""
+        with self._lock:
+            if self._holder is not None:
+                return False
+            self._holder_thread = get_ident()
+            self._holder = token
+            return True
 
     def give_back(self, token: object) -> None:
         """Give the turn back, if this token has it, and see that what was posted meanwhile is looked after."""
@@ -190,10 +195,7 @@ class Mailbox:
                 self._rung = True
 
     def take(self, token: object, *, patience: float = 0.0) -> Group | None:
-        """Take the turn and the whole line, empty or not; `None` if somebody else has the turn.
-
-        With `patience`, in seconds, wait for the turn that long, unless this very thread has it.
-        """
+        """Take the turn and the whole line, empty or not; `None` if another one keeps the turn for `patience` seconds."""
         me = get_ident()
         with self._lock:
             if self._holder is not None and patience and self._holder_thread != me:
@@ -202,11 +204,7 @@ class Mailbox:
                     self._turn_free.wait_for(lambda: self._holder is None, patience)
                 finally:
                     self._late -= 1
-            if self._holder is not None:
-                return None
-            self._holder_thread = me
-            self._holder = token
-        return self.take_more()
+            return self.take_more() if self.hold(token) else None
 
     def take_more(self) -> Group:
         """Take the whole line, for who has the turn already."""

@@ -26,12 +26,13 @@ from threading import get_ident
 from time import monotonic, perf_counter
 from typing import Any
 
+from persistency.actor.accounts import Accounts, Answer, NameOps
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import pending, ready, settle_all, tell_if_unseen
+from persistency.actor.settling import pending, ready, settle_all
 from persistency.actor.tally import Statistics, Tally
-from persistency.errors import Closed, Corrupt, Failure, PersistencyError, Poisoned, StorageError
+from persistency.errors import Closed, Corrupt, Poisoned, StorageError
 from persistency.storage.port import (
     PLACES,
     Barrier,
@@ -49,9 +50,6 @@ RETRY_SECONDS_MIN = 0.05
 RETRY_SECONDS_MAX = 1.0
 # How long a late poster waits for another one's turn: a thread that was frozen in the middle of it never gives it back.
 LATE_TURN_SECONDS_MAX = 5.0
-
-Answer = tuple[Reply[Any], Any, BaseException | None]
-NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
 
 
 class _Fatal(Exception):
@@ -86,13 +84,14 @@ class Worker:
         self._retired: Reply[None] | None = None
         self._job_id = job_id
         self._mailbox = mailbox
-        self._failures = failures
         self._open_store = open_store
         self._now_ms = now_ms
-        self._name_ops = name_ops
         self._stall_timeout = stall_timeout
         self._tally = Tally()
+        self._failures = failures
+        self._accounts = Accounts(self._tally, failures, mailbox, name_ops)
         self._store: Store | None = None
+        self._checkpointing: Checkpointing | None = None
         self._over = False  # the thread has nothing left to do
         self._ended = False  # the store is closed
         self._discards = False
@@ -130,7 +129,10 @@ class Worker:
         if self._retired is None:
             self._retired = pending(self._mailbox, reads=False)
             self._mailbox.ring()
-        return ready() if self._over else self._retired
+        if self._over:  # without a thread already: whoever asks does it
+            self._serve_late()
+            return ready()
+        return self._retired
 
     def statistics(self) -> Statistics:
         """Return the numbers of this instant."""
@@ -159,6 +161,7 @@ class Worker:
         except BaseException as error:
             self._not_opened(error)
             return False
+        self._checkpointing = store if isinstance(store, Checkpointing) else None
         if store.reads_in_place:
             get, now_ms = store.get, self._now_ms
             self._mailbox.get_in_place = lambda category, key: get(category, key, now_ms())
@@ -191,10 +194,9 @@ class Worker:
             if group:
                 answers = self._decide(group)
                 group = []
-            answers += self._look_after()
             if self._mailbox.ended:
                 answers += self._end()
-            elif self._retired is not None and not self._over:
+            elif self._retired is not None and not self._retired.done():
                 answers += self._retire()
         except BaseException as error:
             # A defect, or an exception somebody has thrown into this thread: nobody may be left waiting for it.
@@ -202,16 +204,17 @@ class Worker:
         finally:
             self._mailbox.give_back(token)
         settle_all(answers)
+        self._look_after()
 
     def _decide(self, group: Group) -> list[Answer]:
         if self._discards:
             closed = Closed(f"job {self._job_id!r} was closed without draining")
-            return self._fail((group, closed, "not applied"))
+            return self._accounts.fail((group, closed, "not applied"))
         try:
             outcomes = self._apply(group)
         except _Fatal as fatal:
             return self._poison(fatal.cause, fatal.outcome, group)
-        return self._account(group, outcomes)
+        return self._accounts.group(group, outcomes)
 
     def _apply(self, group: Group) -> list[Any]:
         """Have the store run a group, as often as it takes; raises `_Fatal` when there is no point in going on."""
@@ -243,65 +246,6 @@ class Worker:
                 self._tally.commit(perf_counter() - begun)
             return outcomes
 
-    def _account(self, group: Group, outcomes: list[Any]) -> list[Answer]:
-        """Count what became of a group, keep the failures of events, return the answers of requests."""
-        if None not in group[::PLACES] and Failed not in map(type, outcomes):
-            self._count(len(outcomes), 0)
-            return []
-        answers, committed, failed = self._tell(group, outcomes, "not applied")
-        self._count(committed, failed)
-        return answers
-
-    def _tell(self, group: Group, outcomes: list[Any], outcome: str) -> tuple[list[Answer], int, int]:
-        """Keep the failures of events; return the answers of requests, and how many operations went well, and not."""
-        answers: list[Answer] = []
-        failed_events: list[Failure] = []
-        committed = failed = 0
-        for at, result in enumerate(outcomes):
-            category, message, reply = group[at * PLACES : (at + 1) * PLACES]
-            ops = 1 if category is not None else operations(message)
-            if type(result) is Failed:
-                failed += ops
-                named = [Failure(op, result.error, outcome) for op in self._name_ops(category, message, reply)]
-                if category is not None or reply is None:
-                    failed_events += named
-                else:
-                    self._answer_failed(reply, result.error, named)
-                    answers.append((reply, None, result.error))
-                continue
-            committed += ops
-            if category is None and reply is not None:
-                if type(message) is Barrier:
-                    self._failures.record(failed_events)
-                    failed_events = []
-                    answers.append((reply, None, self._failures.take()))
-                else:
-                    answers.append((reply, result, None))
-        self._failures.record(failed_events)
-        return answers, committed, failed
-
-    def _answer_failed(self, reply: Reply[Any], error: Exception, named: list[Failure]) -> None:
-        if named:
-            tell_if_unseen(reply, error, lambda _error: self._failures.report(named))
-
-    def _count(self, committed: int, failed: int) -> None:
-        def count() -> None:
-            self._tally.committed += committed
-            self._tally.failed += failed
-
-        self._mailbox.decided(count)
-
-    def _fail(self, *groups: tuple[Group, PersistencyError, str]) -> list[Answer]:
-        """Fail groups whole, each with its error and outcome, as one step for whoever looks at the numbers."""
-        answers: list[Answer] = []
-        failed = 0
-        for group, error, outcome in groups:
-            told, _, ops = self._tell(group, [Failed(error)] * (len(group) // PLACES), outcome)
-            answers += told
-            failed += ops
-        self._count(0, failed)
-        return answers
-
     def _read_in_place(self, message: Any) -> Reply[Any]:
         assert self._store is not None
         try:
@@ -320,32 +264,42 @@ class Worker:
             settle_all(self._poison(error.__cause__ or error, "unknown", [None, message, reply]))
             return reply
         if type(outcome) is Failed:
-            self._count(0, ops)
+            self._accounts.count(0, ops)
             reply = ready(error=outcome.error)
-            named = [Failure(op, outcome.error) for op in self._name_ops(None, message, None)]
-            self._answer_failed(reply, outcome.error, named)
+            self._accounts.watch(reply, message, outcome.error, "not applied")
             return reply
         if ops:
             self._tally.commit(perf_counter() - begun)
-            self._count(ops, 0)
-            if isinstance(self._store, Checkpointing) and self._store.checkpoint_due(idle=True):
-                self._mailbox.ring()
+            self._accounts.count(ops, 0)
+            if self._checkpointing is not None and self._checkpointing.checkpoint_due(idle=True):
+                # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
+                settle_all(self._checkpoint(self._checkpointing))
         if type(message) is Barrier:
             return ready(error=self._failures.take())
         return ready(outcome)
 
     # -- between turns -------------------------------------------------------------------------------------------
 
-    def _look_after(self) -> list[Answer]:
-        store = self._store
-        if isinstance(store, Checkpointing) and store.checkpoint_due(idle=self._mailbox.empty):
-            try:
-                store.checkpoint()
-            except OutcomeUnknown as error:
-                return self._poison(error.__cause__ or error, "not applied", [])
-            except StorageError as error:
-                # Nothing is lost by it: the log only grows on until a later one gets through.
-                log.warning("job %r: %s", self._job_id, error)
+    def _look_after(self) -> None:
+        """Checkpoint, if it is time: in a turn of its own, because nobody's answer should wait for it."""
+        store = self._checkpointing
+        if store is None or not store.checkpoint_due(idle=self._mailbox.empty):
+            return
+        token = object()
+        try:
+            answers = self._checkpoint(store) if self._mailbox.hold(token) else []
+        finally:
+            self._mailbox.give_back(token)
+        settle_all(answers)
+
+    def _checkpoint(self, store: Checkpointing) -> list[Answer]:
+        try:
+            store.checkpoint()
+        except OutcomeUnknown as error:
+            return self._poison(error.__cause__ or error, "not applied", [])
+        except StorageError as error:
+            # Nothing is lost by it: the log only grows on until a later one gets through.
+            log.warning("job %r: %s", self._job_id, error)
         return []
 
     def _poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
@@ -359,7 +313,7 @@ class Worker:
         log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
         self._tally.state = "poisoned"
         behind = self._mailbox.shut(refusal)
-        return self._fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
+        return self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
 
     def _end(self) -> list[Answer]:
         error: BaseException | None = None
@@ -369,7 +323,7 @@ class Worker:
             except Exception as failure:
                 log.exception("job %r: the store couldn't be closed in order", self._job_id)
                 error = failure
-            self._store = None
+            self._store = self._checkpointing = None
         self._over = self._ended = True
         self._tally.state = "closed"
         answers: list[Answer] = [(self.closed, None, self._failures.take() or error)]
@@ -381,8 +335,8 @@ class Worker:
         self._mailbox.unattend(self._serve_late)
         rest = self._mailbox.take_more()
         answers = self._decide(rest) if rest else []
-        if isinstance(self._store, Checkpointing):
-            self._store.settle()
+        if self._checkpointing is not None:
+            self._checkpointing.settle()
         self._over = True
         return [*answers, (self._retired, None, None)]
 

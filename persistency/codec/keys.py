@@ -111,7 +111,7 @@ class Key(bytes):
         """This key with the parts of a tuple appended. Raises `Misuse` for bytes: are they a part, or encoded?"""
         if not isinstance(other, tuple):
             raise Misuse(f"a key is extended by a tuple, not {type(other).__name__}", hint="Write k + (part,).")
-        return Key(b"".join((self, _pack(other))))
+        return Key(b"".join((self, pack(other))))
 
     def __repr__(self) -> str:
         try:
@@ -154,7 +154,7 @@ def key(*parts: Any) -> Key:
                 return Key(_TEXTS[first] + _integer(second))
             if type(second) is str:
                 return Key(_TEXTS[first] + _TEXTS[second])
-    return Key(_pack(parts))
+    return Key(pack(parts))
 
 
 def as_key(value: Any, argument: str = "key") -> Key:
@@ -169,7 +169,7 @@ def as_key(value: Any, argument: str = "key") -> Key:
                 instead = f'("{value}",)'
             raise Misuse(f"{argument} must be a Key or a tuple of parts, not {type(value).__name__}: pass {instead}")
         try:
-            value = Key(_pack(value))
+            value = Key(pack(value))
         except Misuse as error:
             raise Misuse(f"{argument}: {error}", hint=error.hint) from error
     if len(value) > KEY_BYTES_MAX:
@@ -256,7 +256,7 @@ class _Texts(dict[str, bytes]):
 _TEXTS = _Texts()
 
 
-def _pack(parts: tuple[Any, ...], depth: int = 0) -> bytes:
+def pack(parts: tuple[Any, ...], depth: int = 0) -> bytes:
     """The encoded parts of a tuple, with `depth` tuples around it."""
     pieces = []
     for part in parts:
@@ -276,7 +276,7 @@ def _pack(parts: tuple[Any, ...], depth: int = 0) -> bytes:
 def _encode(part: Any, depth: int) -> bytes:
     """One part of a type that holds others or is derived from another."""
     if isinstance(part, Enum):
-        return _pack((part._value_,), depth)
+        return pack((part._value_,), depth)
     if isinstance(part, Key):
         if depth or isinstance(part, RawKey):
             where = "nested tuple" if depth else "key"
@@ -287,7 +287,7 @@ def _encode(part: Any, depth: int) -> bytes:
     if isinstance(part, tuple):
         if depth == _DEPTH_MAX:
             raise Misuse(f"a part of a key is nested too deep: over {_DEPTH_MAX} tuples")
-        nested = b"\x05%b\x00" % _pack(part, depth + 1)
+        nested = b"\x05%b\x00" % pack(part, depth + 1)
         if len(nested) > _NESTED_BYTES_MAX:
             raise Misuse(f"a nested tuple in a key is too long: over {_NESTED_BYTES_MAX} bytes")
         return nested

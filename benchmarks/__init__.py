@@ -1,0 +1,1 @@
+"""Benchmarks: this engine beside its peers, measured side by side. Run `python -m benchmarks --help`."""

@@ -1,0 +1,125 @@
+"""Cases that read: point reads that block or are awaited, and a scan.
+
+Rules:
+  1. Every store holds the same rows, whoever reads them; every answer is compared with what it must be.
+  2. A rate is measured without a clock between the calls; the percentiles come from a second pass.
+
+Doesn't know: contenders, targets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from time import perf_counter_ns
+
+from benchmarks.harness import Case, Sample, awaited_parts, opened, percentiles, settled_garbage, timed_parts
+from benchmarks.protocol import AwaitedGet, Contender, Pair, Way
+from benchmarks.verify import check_answers
+from benchmarks.workload import SCANNED, Workload, picked
+
+READS = 50_000
+READS_EACH = 10_000  # of those whose calls are timed one by one
+TASKS = 64
+SCANS = 10
+
+
+def _get(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    rows = workload.for_contender(contender, workload.ordered)
+    reads = picked(rows, workload.portion(way, READS))
+    keys = [key for key, _payload in reads]
+    with opened(contender, directory) as (store, _runner):
+        store.fill(rows)
+        get = way.make(store)
+        answers, us = timed_parts(lambda part: [get(key) for key in part], keys)
+        check_answers(contender.name, answers, (payload for _key, payload in reads))
+        times = []
+        with settled_garbage():
+            for key in keys[:READS_EACH]:
+                begun = perf_counter_ns()
+                get(key)
+                times.append(perf_counter_ns() - begun)
+    return Sample(len(keys), us, *percentiles(times))
+
+
+async def _in_turn(get: AwaitedGet, keys: Sequence[bytes]) -> list[bytes | None]:
+    return [await get(key) for key in keys]
+
+
+async def _at_once(get: AwaitedGet, keys: Sequence[bytes]) -> list[bytes | None]:
+    parts = await asyncio.gather(*(_in_turn(get, keys[task::TASKS]) for task in range(TASKS)))
+    answers: list[bytes | None] = [None] * len(keys)
+    for task, part in enumerate(parts):
+        answers[task::TASKS] = part
+    return answers
+
+
+async def _each(get: AwaitedGet, keys: Sequence[bytes], times: list[int]) -> None:
+    for key in keys:
+        begun = perf_counter_ns()
+        await get(key)
+        times.append(perf_counter_ns() - begun)
+
+
+async def _each_at_once(get: AwaitedGet, keys: Sequence[bytes], times: list[int]) -> None:
+    await asyncio.gather(*(_each(get, keys[task::TASKS], times) for task in range(TASKS)))
+
+
+def _awaited(
+    reading: Callable[..., Awaitable[list[bytes | None]]], each: Callable[..., Awaitable[None]]
+) -> Callable[[Contender, Way, Workload, Path], Sample]:
+    def run(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+        rows = workload.for_contender(contender, workload.ordered)
+        reads = picked(rows, workload.portion(way, READS))
+        keys = [key for key, _payload in reads]
+        times: list[int] = []
+
+        async def measure(get: AwaitedGet) -> tuple[list[bytes | None], float]:
+            measured = await awaited_parts(lambda part: reading(get, part), keys)
+            with settled_garbage():
+                await each(get, keys[:READS_EACH], times)
+            return measured
+
+        with opened(contender, directory) as (store, runner):
+            store.fill(rows)
+            answers, us = runner.run(measure(way.make(store)))
+        check_answers(contender.name, answers, (payload for _key, payload in reads))
+        return Sample(len(keys), us, *percentiles(times))
+
+    return run
+
+
+def _scan(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    rows = workload.for_contender(contender, workload.ordered)
+    wanted = workload.for_contender(contender, workload.scanned)
+    prefix = SCANNED if contender.takes_keys else bytes(SCANNED)
+    times = []
+    with opened(contender, directory) as (store, _runner):
+        store.fill(rows)
+        store.fill(wanted)
+        scan = way.make(store)
+        for _ in range(SCANS):
+            with settled_garbage():
+                begun = perf_counter_ns()
+                _read_all(scan(prefix))
+                times.append(perf_counter_ns() - begun)
+        found = list(scan(prefix))
+    check_answers(contender.name, found, wanted)
+    p50, p99 = percentiles(times)
+    return Sample(SCANS, p50, p50, p99)
+
+
+def _read_all(rows: Sequence[Pair]) -> int:
+    size = 0
+    for key, payload in rows:
+        size += len(key) + len(payload)
+    return size
+
+
+CASES = (
+    Case("get", "blocking get, idle job", ("get",), _get),
+    Case("aget", "awaited get, in turn", ("aget",), _awaited(_in_turn, _each)),
+    Case("aget-64", "awaited get, 64 tasks at once", ("aget",), _awaited(_at_once, _each_at_once)),
+    Case("scan", "scan_prefix of 10,000 rows, every key and payload read", ("scan",), _scan),
+)

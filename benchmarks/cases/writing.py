@@ -1,0 +1,94 @@
+"""Cases that write: puts until they are committed, the producer's side of a put, commits of one row.
+
+Rules:
+  1. Every store begins empty, and what is in it at the end is read back after it was closed.
+
+Doesn't know: contenders, targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter_ns
+
+from benchmarks.harness import Case, Sample, opened, percentiles, settled_garbage, timed
+from benchmarks.protocol import AwaitedPut, Contender, Pair, PutOne, Way
+from benchmarks.verify import check_stored
+from benchmarks.workload import Workload
+
+COMMITS = 4_000
+
+
+def put_rows(contender: Contender, way: Way, rows: Sequence[Pair], directory: Path) -> Sample:
+    """Put all rows; over when the last one is committed."""
+    with opened(contender, directory) as (store, _runner):
+        put_all = way.make(store)
+        _, us = timed(lambda: put_all(rows), len(rows))
+    check_stored(contender, directory, rows)
+    return Sample(len(rows), us)
+
+
+def _put_ordered(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    rows = workload.for_contender(contender, workload.ordered)
+    return put_rows(contender, way, rows[: workload.portion(way, workload.rows)], directory)
+
+
+def _put_shuffled(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    rows = workload.for_contender(contender, workload.shuffled)
+    return put_rows(contender, way, rows[: workload.portion(way, workload.rows)], directory)
+
+
+def _call_each(put: PutOne, rows: Sequence[Pair]) -> list[int]:
+    times = []
+    with settled_garbage():
+        for key, payload in rows:
+            begun = perf_counter_ns()
+            put(key, payload)
+            times.append(perf_counter_ns() - begun)
+    return times
+
+
+async def _await_each(put: AwaitedPut, rows: Sequence[Pair]) -> list[int]:
+    times = []
+    with settled_garbage():
+        for key, payload in rows:
+            begun = perf_counter_ns()
+            await put(key, payload)
+            times.append(perf_counter_ns() - begun)
+    return times
+
+
+def _produce(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    # The median stands for the case: a producer at full speed now and then waits for room, which the mean would show.
+    rows = workload.for_contender(contender, workload.ordered)
+    with opened(contender, directory) as (store, _runner):
+        p50, p99 = percentiles(_call_each(way.make(store), rows))
+    check_stored(contender, directory, rows)
+    return Sample(len(rows), p50, p50, p99)
+
+
+def _commit(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    rows = workload.for_contender(contender, workload.ordered)[: workload.portion(way, COMMITS)]
+    with opened(contender, directory) as (store, _runner):
+        times = _call_each(way.make(store), rows)
+    check_stored(contender, directory, rows)
+    return Sample(len(rows), fmean(times) / 1000, *percentiles(times))
+
+
+def _acommit(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    rows = workload.for_contender(contender, workload.ordered)[: workload.portion(way, COMMITS)]
+    with opened(contender, directory) as (store, runner):
+        times = runner.run(_await_each(way.make(store), rows))
+    check_stored(contender, directory, rows)
+    return Sample(len(rows), fmean(times) / 1000, *percentiles(times))
+
+
+CASES = (
+    Case("put", "puts until committed, sorted keys", ("put",), _put_ordered),
+    Case("put-random", "puts until committed, random keys", ("put-random", "put"), _put_shuffled),
+    Case("produce", "the producer's side of a put, median", ("produce",), _produce),
+    Case("commit", "blocking commit of one put", ("commit",), _commit),
+    Case("acommit", "awaited commit of one put", ("acommit",), _acommit),
+)

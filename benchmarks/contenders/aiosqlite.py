@@ -1,0 +1,112 @@
+"""aiosqlite: the standard library's SQLite behind a thread, awaited.
+
+Rules:
+  1. The same durability and the same table as this engine's.
+
+Doesn't know: its peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import aiosqlite
+
+from benchmarks.contenders.tables import CATEGORY_BYTES, FILE_NAME, GET, PUT, SCHEMA, read_back
+from benchmarks.protocol import AwaitedGet, AwaitedPut, Contender, Pair, PutAll, Way
+
+
+class Awaited:
+    """A connection that lives in the event loop of its runner."""
+
+    def __init__(self, directory: Path, runner: asyncio.Runner) -> None:
+        self._runner = runner
+        self.connection = runner.run(self._connect(directory / FILE_NAME))
+
+    async def _connect(self, path: Path) -> aiosqlite.Connection:
+        connection = await aiosqlite.connect(path)
+        # SQLite's documented choice for this durability; without WAL every commit would wait for the medium.
+        await connection.execute("PRAGMA journal_mode = wal")
+        await connection.execute("PRAGMA synchronous = normal")
+        await connection.executescript(SCHEMA)
+        return connection
+
+    def run_all(self, put: AwaitedPut, rows: Sequence[Pair]) -> None:
+        """Await a put of each row in turn."""
+
+        async def put_all() -> None:
+            for key, payload in rows:
+                await put(key, payload)
+
+        self._runner.run(put_all())
+
+    def fill(self, rows: Sequence[Pair]) -> None:
+        """Store rows in one transaction, with one hop to the thread."""
+        self._runner.run(self._fill(rows))
+
+    async def _fill(self, rows: Sequence[Pair]) -> None:
+        places = [(CATEGORY_BYTES, key, payload, version) for version, (key, payload) in enumerate(rows, 1)]
+        await self.connection.executemany(PUT, places)
+        await self.connection.commit()
+
+    def close(self) -> None:
+        """Close the connection and end its thread."""
+        self._runner.run(self.connection.close())
+
+
+def _aget(store: Awaited) -> AwaitedGet:
+    # The way of its documentation: the cursor is closed by the context manager.
+    connection = store.connection
+
+    async def get(key: bytes) -> bytes | None:
+        async with connection.execute(GET, (CATEGORY_BYTES, key)) as cursor:
+            row = await cursor.fetchone()
+        return None if row is None else row[0]
+
+    return get
+
+
+def _aget_fetchall(store: Awaited) -> AwaitedGet:
+    # Its shortcut with a single hop to the thread, the fastest it has.
+    connection = store.connection
+
+    async def get(key: bytes) -> bytes | None:
+        rows = await connection.execute_fetchall(GET, (CATEGORY_BYTES, key))
+        for row in rows:
+            payload: bytes = row[0]
+            return payload
+        return None
+
+    return get
+
+
+def _acommit(store: Awaited) -> AwaitedPut:
+    # Two hops: execute and commit. There is no documented way with fewer.
+    connection = store.connection
+
+    async def put(key: bytes, payload: bytes) -> None:
+        await connection.execute(PUT, (CATEGORY_BYTES, key, payload, 1))
+        await connection.commit()
+
+    return put
+
+
+def _put_all(store: Awaited) -> PutAll:
+    put = _acommit(store)
+    return lambda rows: store.run_all(put, rows)
+
+
+CONTENDER = Contender(
+    name="aiosqlite",
+    settings="WAL, synchronous=NORMAL",
+    ways=(
+        Way("put", "execute, commit", _put_all, share=0.01),
+        Way("aget", "execute", _aget, share=0.1),
+        Way("aget", "execute_fetchall", _aget_fetchall, share=0.2),
+        Way("acommit", "execute, commit", _acommit),
+    ),
+    open_store=Awaited,
+    read_back=read_back,
+)

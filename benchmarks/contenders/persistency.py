@@ -1,0 +1,110 @@
+"""This engine, with its defaults.
+
+Rules:
+  1. Nothing is set that a user wouldn't get without asking.
+
+Doesn't know: its peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.contenders.tables import read_back
+from benchmarks.protocol import (
+    CATEGORY,
+    AwaitedGet,
+    AwaitedPut,
+    Contender,
+    EncodeAll,
+    Get,
+    Pair,
+    PutAll,
+    PutOne,
+    Scan,
+    Way,
+)
+from persistency import Key, Persistency, Put, key
+
+
+class Ours:
+    """A job of its own in a root of its own."""
+
+    def __init__(self, directory: Path, _runner: asyncio.Runner) -> None:
+        self._persistency = Persistency(directory)
+        self.job = self._persistency.open_job(CATEGORY)
+
+    def fill(self, rows: Sequence[Pair]) -> None:
+        """Store rows."""
+        _put_all(self)(rows)
+
+    def close(self) -> None:
+        """Close the job and the root."""
+        self._persistency.close()
+
+
+def _put_all(store: Ours) -> PutAll:
+    def put_all(rows: Sequence[Pair]) -> None:
+        put = store.job.put
+        for encoded, payload in rows:
+            put(CATEGORY, encoded, payload)  # type: ignore[arg-type]  # a Key: see takes_keys
+        store.job.flush().result()
+
+    return put_all
+
+
+def _produce(store: Ours) -> PutOne:
+    put = store.job.put
+    return lambda encoded, payload: put(CATEGORY, encoded, payload)  # type: ignore[arg-type]  # as above
+
+
+def _get(store: Ours) -> Get:
+    get = store.job.get
+    return lambda encoded: get(CATEGORY, encoded).result()  # type: ignore[arg-type]  # as above
+
+
+def _commit(store: Ours) -> PutOne:
+    commit = store.job.commit
+    return lambda encoded, payload: commit(Put(CATEGORY, encoded, payload)).result()  # type: ignore[arg-type]
+
+
+def _aget(store: Ours) -> AwaitedGet:
+    get = store.job.get
+    return lambda encoded: get(CATEGORY, encoded)  # type: ignore[arg-type]  # as above
+
+
+def _acommit(store: Ours) -> AwaitedPut:
+    commit = store.job.commit
+    return lambda encoded, payload: commit(Put(CATEGORY, encoded, payload))  # type: ignore[arg-type]
+
+
+def _scan(store: Ours) -> Scan:
+    return lambda prefix: store.job.scan_prefix(CATEGORY, Key(prefix)).result()
+
+
+def _encode(_store: object) -> EncodeAll:
+    def encode(parts: Sequence[tuple[str, int]]) -> list[Key]:
+        return [key(text, number) for text, number in parts]
+
+    return encode
+
+
+CONTENDER = Contender(
+    name="persistency",
+    settings="defaults: durability 'process', mailbox of 8,192 operations and 32 MiB",
+    ways=(
+        Way("put", "put, flush", _put_all),
+        Way("produce", "put", _produce),
+        Way("get", "get", _get),
+        Way("commit", "commit", _commit),
+        Way("aget", "await get", _aget),
+        Way("acommit", "await commit", _acommit),
+        Way("scan", "scan_prefix", _scan),
+        Way("encode", "key", _encode),
+    ),
+    open_store=Ours,
+    read_back=read_back,
+    takes_keys=True,
+)

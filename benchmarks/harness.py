@@ -1,0 +1,191 @@
+"""The harness: clocks, fresh directories, interleaved repetitions, ratios.
+
+Rules:
+  1. Repetitions are interleaved (A B C A B C ...), so that a slow minute of the machine hits all of them; ratios are
+     made within one repetition only.
+  2. Every measurement has a directory of its own, which is gone afterwards.
+  3. Where many short calls are measured, the median of ten parts stands for a repetition; where the work goes on
+     behind the calls, as that of puts does, the whole does.
+  4. The garbage collector is treated the same for all: what was made ready is collected and frozen beforehand, then
+     the collector stays on, as it does for users.
+
+Doesn't know: what a case measures, who takes part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+from benchmarks.protocol import Contender, Store, Way
+from benchmarks.workload import Workload
+
+PARTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement, in microseconds per operation; the percentiles where calls were timed one by one."""
+
+    operations: int
+    us: float
+    p50_us: float | None = None
+    p99_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured: `run(contender, way, workload, directory)` gives a `Sample` of every way that does the task.
+
+    `tasks` are tried in order: the first one a contender has ways for is measured. `left_out` says why the case can't
+    run, or `None`.
+    """
+
+    name: str
+    what: str
+    tasks: tuple[str, ...]
+    run: Callable[[Contender, Way, Workload, Path], Sample]
+    left_out: Callable[[], str | None] = lambda: None
+
+    def ways(self, contender: Contender) -> list[Way]:
+        """Return the ways of a contender that this case measures."""
+        for task in self.tasks:
+            found = [way for way in contender.ways if way.task == task]
+            if found:
+                return found
+        return []
+
+
+@dataclass(slots=True)
+class Series:
+    """The samples of one way, one for each repetition."""
+
+    case: str
+    contender: str
+    way: str
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def us(self) -> float:
+        """The median of microseconds per operation."""
+        return median(sample.us for sample in self.samples)
+
+    def percentile(self, name: str) -> float | None:
+        """Return the median of a percentile, if it was measured."""
+        found = [value for value in (getattr(sample, name) for sample in self.samples) if value is not None]
+        return median(found) if found else None
+
+
+def run_case(
+    case: Case,
+    contenders: Sequence[Contender],
+    workload: Workload,
+    repeat: int,
+    *,
+    parent: Path | None = None,
+    step: Callable[[str], None] = lambda _doing: None,
+) -> list[Series]:
+    """Measure a case with all contenders that can do it, `repeat` times in turn."""
+    pairs = [(contender, way) for contender in contenders for way in case.ways(contender)]
+    series = [Series(case.name, contender.name, way.label) for contender, way in pairs]
+    for _ in range(repeat):
+        for (contender, way), one in zip(pairs, series, strict=True):
+            step(f"{case.name}: {contender.name}, {way.label}")
+            directory = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
+            try:
+                one.samples.append(case.run(contender, way, workload, directory))
+            finally:
+                shutil.rmtree(directory)
+    return series
+
+
+@contextmanager
+def opened(contender: Contender, directory: Path) -> Iterator[tuple[Store, asyncio.Runner]]:
+    """Open a contender's store, with an event loop for those who await; close both."""
+    assert contender.open_store is not None
+    with asyncio.Runner() as runner:
+        store = contender.open_store(directory, runner)
+        try:
+            yield store, runner
+        finally:
+            store.close()
+
+
+@contextmanager
+def settled_garbage() -> Iterator[None]:
+    """Measure with the collector on, but nothing of what was made ready to walk through."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def timed(call: Callable[[], Any], operations: int) -> tuple[Any, float]:
+    """Call once; return what it gave and the microseconds per operation."""
+    with settled_garbage():
+        begun = perf_counter_ns()
+        result = call()
+        took = perf_counter_ns() - begun
+    return result, took / operations / 1000
+
+
+def timed_parts(call: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]) -> tuple[list[Any], float]:
+    """Call with a tenth of the items at a time; return all answers, and the microseconds per item in the median part.
+
+    So a moment in which the machine did something else doesn't count, whoever it hits.
+    """
+    answers: list[Any] = []
+    times = []
+    with settled_garbage():
+        for part in parts(items):
+            begun = perf_counter_ns()
+            answers += call(part)
+            times.append((perf_counter_ns() - begun) / len(part))
+    return answers, median(times) / 1000
+
+
+async def awaited_parts(
+    call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]], items: Sequence[Any]
+) -> tuple[list[Any], float]:
+    """Do what `timed_parts` does with a call that is awaited."""
+    answers: list[Any] = []
+    times = []
+    with settled_garbage():
+        for part in parts(items):
+            begun = perf_counter_ns()
+            answers += await call(part)
+            times.append((perf_counter_ns() - begun) / len(part))
+    return answers, median(times) / 1000
+
+
+def parts(items: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return the items in parts of nearly the same size."""
+    size = max(1, -(-len(items) // PARTS))
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
+
+def percentiles(times_ns: Sequence[int]) -> tuple[float, float]:
+    """Return the median and the 99th percentile in microseconds, without what the clock itself takes."""
+    ordered = sorted(times_ns)
+    clock = _clock_ns()
+    last = len(ordered) - 1
+    return tuple(max(1, ordered[round(part * last)] - clock) / 1000 for part in (0.5, 0.99))  # type: ignore[return-value]
+
+
+def _clock_ns() -> int:
+    pairs = []
+    for _ in range(2_000):
+        begun = perf_counter_ns()
+        pairs.append(perf_counter_ns() - begun)
+    return int(median(pairs))

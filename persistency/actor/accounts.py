@@ -1,0 +1,98 @@
+"""The accounts: what became of every operation of a group, and who has to be told.
+
+Rules:
+  1. An operation is counted once, as committed or as failed, in one step with its leaving the mailbox's level.
+  2. A failed event goes to the failure log; a failed request to its reply.
+  3. A flush gives what failed before it, and not what failed behind it in the same group.
+
+Doesn't know: the store, threads, how a group was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from persistency.actor.failures import FailureLog
+from persistency.actor.mailbox import Mailbox
+from persistency.actor.reply import Reply
+from persistency.actor.settling import tell_if_unseen
+from persistency.actor.tally import Tally
+from persistency.errors import Failure, PersistencyError
+from persistency.storage.port import PLACES, Barrier, Failed, Group, operations
+
+Answer = tuple[Reply[Any], Any, BaseException | None]
+NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
+
+
+class Accounts:
+    """The books of one worker. `name_ops` turns a message back into the operations its caller posted."""
+
+    def __init__(self, tally: Tally, failures: FailureLog, mailbox: Mailbox, name_ops: NameOps) -> None:
+        self._tally = tally
+        self._failures = failures
+        self._mailbox = mailbox
+        self._name_ops = name_ops
+
+    def group(self, group: Group, outcomes: list[Any]) -> list[Answer]:
+        """Count what became of a group, keep the failures of events, return the answers of requests."""
+        if None not in group[::PLACES] and Failed not in map(type, outcomes):
+            self.count(len(outcomes), 0)
+            return []
+        answers, committed, failed = self._tell(group, outcomes, "not applied")
+        self.count(committed, failed)
+        return answers
+
+    def _tell(self, group: Group, outcomes: list[Any], outcome: str) -> tuple[list[Answer], int, int]:
+        """Keep the failures of events; return the answers of requests, and how many operations went well, and not."""
+        answers: list[Answer] = []
+        failed_events: list[Failure] = []
+        committed = failed = 0
+        for at, result in enumerate(outcomes):
+            category, message, reply = group[at * PLACES : (at + 1) * PLACES]
+            ops = 1 if category is not None else operations(message)
+            if type(result) is Failed:
+                failed += ops
+                if category is not None or reply is None:
+                    ops_named = self._name_ops(category, message, reply)
+                    failed_events += (Failure(op, result.error, outcome) for op in ops_named)
+                else:
+                    self.watch(reply, message, result.error, outcome)
+                    answers.append((reply, None, result.error))
+                continue
+            committed += ops
+            if category is None and reply is not None:
+                if type(message) is Barrier:
+                    self._failures.record(failed_events)
+                    failed_events = []
+                    answers.append((reply, None, self._failures.take()))
+                else:
+                    answers.append((reply, result, None))
+        self._failures.record(failed_events)
+        return answers, committed, failed
+
+    def watch(self, reply: Reply[Any], message: Any, error: Exception, outcome: str) -> None:
+        """See that a failed request is told of, if its reply is dropped with nobody having looked."""
+        named = [Failure(op, error, outcome) for op in self._name_ops(None, message, None)]
+        if named:
+            tell_if_unseen(reply, error, lambda _error: self._failures.report(named))
+
+    def count(self, committed: int, failed: int) -> None:
+        """Count operations that were in flight as decided."""
+
+        def count() -> None:
+            self._tally.committed += committed
+            self._tally.failed += failed
+
+        self._mailbox.decided(count)
+
+    def fail(self, *groups: tuple[Group, PersistencyError, str]) -> list[Answer]:
+        """Fail groups whole, each with its error and outcome, as one step for whoever looks at the numbers."""
+        answers: list[Answer] = []
+        failed = 0
+        for group, error, outcome in groups:
+            told, _, ops = self._tell(group, [Failed(error)] * (len(group) // PLACES), outcome)
+            answers += told
+            failed += ops
+        self.count(0, failed)
+        return answers
