@@ -182,7 +182,7 @@ class Persistency:
             job = yield from self._site.open(job_id, given, self._now_ms, self._exit_timeout, forget)
             with self._lock:
                 held = self._jobs.get(job_id)
-                if held is None and not self._closed:
+                if (held is None or held.closed) and not self._closed:
                     self._jobs[job_id] = job
                     return job
             # A second lease isn't needed; if the first was given back meanwhile, it was the last one: try again.
@@ -197,7 +197,7 @@ class Persistency:
         self._site.root.path(job_id)
         with self._lock:
             job = self._jobs.get(job_id)
-        if job is None:
+        if job is None or job.closed:
             raise JobNotFound(f"no open job with id {job_id!r}")
         return job
 

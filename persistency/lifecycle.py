@@ -15,15 +15,19 @@ Doesn't know: roots, leases, what a worker does.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import signal
 import sys
 import threading
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from persistency.actor.failures import FailureLog
 from persistency.actor.worker import Worker
 
 _TELL_SECONDS_MAX = 5.0
+_LOOK_SECONDS = 0.1
+_INTERRUPTS_MAX = 2  # the second one gives up
 
 
 class _Charge(NamedTuple):
@@ -58,36 +62,64 @@ def forget(worker: Worker) -> None:
         _charges.pop(id(worker), None)
 
 
+class _Interrupts:
+    """Counts Ctrl-C while it is entered, instead of letting it tear the exit hook apart."""
+
+    count = 0
+
+    def __enter__(self) -> Self:
+        # Elsewhere than in the main thread there are no signals to take.
+        with contextlib.suppress(ValueError):
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "_before"):
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+
+
 def _at_exit() -> None:
     global _exiting  # noqa: PLW0603  # the one thing a process can be in
-    _exiting = True
-    begun = monotonic()
-    with _lock:
-        charges = list(_charges.values())
-    leaving = [(charge, charge.worker.retire()) for charge in charges]
-    patient = True
-    for charge, reply in leaving:
-        while not reply.done():
-            left = begun + charge.exit_timeout - monotonic() if patient else 0.0
-            try:
-                reply.exception(max(0.0, left))
-            except TimeoutError:
-                _tell(charge, "at exit" if not patient else f"within {charge.exit_timeout} s at exit")
-                break
-            except KeyboardInterrupt:
-                pending = sum(charge.worker.statistics().pending for charge, reply in leaving if not reply.done())
-                if patient:
-                    print(f"persistency: writing {pending} operations; interrupt again to give up", file=sys.stderr)
-                patient = not patient
-        charge.failures.wait_told(min(_TELL_SECONDS_MAX, charge.exit_timeout))
+    with _Interrupts() as interrupts:
+        _exiting = True
+        with _lock:
+            charges = list(_charges.values())
+        begun = monotonic()
+        leaving = [(charge, charge.worker.retire()) for charge in charges]
+        told = False
+        for charge, reply in leaving:
+            while not reply.done() and interrupts.count < _INTERRUPTS_MAX:
+                left = begun + charge.exit_timeout - monotonic()
+                if left <= 0:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    reply.exception(min(left, _LOOK_SECONDS))  # now and then it is looked whether Ctrl-C was typed
+                if interrupts.count and not told:
+                    told = True
+                    pending = sum(charge.worker.statistics().pending for charge, _ in leaving)
+                    _say(f"writing {pending} operations; interrupt again to give up")
+            if not reply.done():
+                pending = charge.worker.statistics().pending
+                within = "" if interrupts.count else f" within {charge.exit_timeout} s"
+                _say(f"job {charge.job_id!r}: {pending} operations could not be written{within} at exit")
+            charge.failures.wait_told(min(_TELL_SECONDS_MAX, charge.exit_timeout))
+        if any(thread.daemon for thread in threading.enumerate()):
+            _keep_for_ever(charges)
 
 
-def _tell(charge: _Charge, when: str) -> None:
-    pending = charge.worker.statistics().pending
-    print(
-        f"persistency: job {charge.job_id!r}: {pending} operations could not be written {when}",
-        file=sys.stderr,
-    )
+def _say(text: str) -> None:
+    print(f"persistency: {text}", file=sys.stderr)
+
+
+def _keep_for_ever(charges: list[_Charge]) -> None:
+    """Keep stores from being torn down under a daemon thread that is inside one when the interpreter ends."""
+    import ctypes  # only here: most programs end without such threads
+
+    for charge in charges:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(charge.worker))
 
 
 atexit.register(_at_exit)

@@ -195,7 +195,7 @@ class Mailbox:
                 self._rung = True
 
     def take(self, token: object, *, patience: float = 0.0) -> Group | None:
-        """Take the turn and the whole line, empty or not; `None` if another one keeps the turn for `patience` seconds."""
+        """Take the turn and the whole line, empty or not; `None` if another keeps the turn for `patience` seconds."""
         me = get_ident()
         with self._lock:
             if self._holder is not None and patience and self._holder_thread != me:

@@ -1,0 +1,1 @@
+"""The tests: each promise has one that tries to break it."""

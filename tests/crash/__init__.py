@@ -1,0 +1,1 @@
+"""Programs that are killed, that exit, or that eat memory, for the tests beside them."""
