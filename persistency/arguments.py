@@ -12,6 +12,7 @@ Doesn't know: mailboxes, threads, SQL.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key, pack
@@ -172,6 +173,7 @@ def as_batch(ops: Op | Iterable[Op]) -> tuple[Batch, int]:
     else:
         raise Misuse(f"ops must be an operation or an iterable of them, not {type(ops).__name__}: pass [Put(...), ...]")
     items: Group = []
+    origin: list[Any] = []
     nbytes = 0
     expects = False
     for op in given:
@@ -182,7 +184,10 @@ def as_batch(ops: Op | Iterable[Op]) -> tuple[Batch, int]:
             nbytes += len(places[1].category)
         else:
             nbytes += len(places[1]) + len(places[2])
-    return Batch(items, len(given), expects, given), nbytes
+            if op.payload is not places[2]:
+                op = replace(op, payload=places[2])  # as it was at the call: the caller may go on writing into it
+        origin.append(op)
+    return Batch(items, len(given), expects, tuple(origin)), nbytes
 
 
 def _as_places(op: Any) -> tuple[Any, Any, Any]:

@@ -30,6 +30,7 @@ class PersistencyError(Exception):
         super().__init__(*args)
         if hint is not None:
             self.hint = hint
+        self.add_note(f"Hint: {self.hint}")  # so that a traceback shows it
 
     def __str__(self) -> str:
         """The message alone (`KeyError` among the bases would quote it)."""

@@ -1915,3 +1915,14 @@ def test_events_return_none_and_requests_a_reply(job: Job) -> None:
     assert all(isinstance(reply, Reply) and isinstance(reply, Future) for reply in replies)
     wait(replies, WAIT)
     assert [reply.exception() for reply in replies] == [None] * len(replies)
+
+
+def test_a_failure_keeps_the_payload_as_it_was_posted(persistency: Persistency) -> None:
+    """D-17: what a failure shows was copied at the call; the caller may go on writing into its buffer."""
+    job = persistency.open_job("copied")
+    buffer = bytearray(b"posted")
+    job.persist([Put("c", ("k",), buffer), Check("c", ("k",), 99)])
+    buffer[:] = b"change"
+    with pytest.raises(WriteFailed) as caught:
+        job.flush().result(WAIT)
+    assert caught.value.failures[0].op == Put("c", ("k",), b"posted")

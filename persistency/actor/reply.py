@@ -184,6 +184,8 @@ class Reply(Future[T]):
         return self._made_waiters
 
     def _wait(self, timeout: float | None) -> None:
+        if timeout is not None and not isinstance(timeout, int | float):
+            raise Misuse(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
         if self._line is not None and self._line.waits_for_itself():
             raise Misuse(
                 "a request's result was asked for in the thread that has to answer it",
