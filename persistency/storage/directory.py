@@ -9,9 +9,11 @@ Doesn't know: threads, futures, rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
+from persistency.errors import Unavailable
 from persistency.storage import files, schema
 from persistency.storage.port import StoredJob, StoreOptions
 from persistency.storage.sqlite import SqliteStore
@@ -34,30 +36,44 @@ class DirectoryRoot:
         files.make_root(self.directory)
         claim = files.Claim(path)
         try:
-            self._adopt(job_id, path)
+            if not files.clear_leftovers(path):
+                self._adopt(job_id, path)
             files.prepare(path)
             connection = schema.connect(path, options.durability, self._vfs)
             try:
                 schema.check_job_id(connection, job_id, path)
                 return SqliteStore(connection, options, claim.release)
             except BaseException:
-                connection.close()
+                schema.close(connection)
                 raise
+        except OSError as error:
+            claim.release()
+            raise Unavailable(f"can't open {str(path)!r}: {error}") from error
         except BaseException:
             claim.release()
             raise
 
     def _adopt(self, job_id: str, path: Path) -> None:
         """Take over a file of the Nim original, which was named by the id as it stands."""
-        plain = self.directory / f"{job_id}.db"
-        if path.exists() or plain.name == path.name or plain.parent != self.directory or "\0" in job_id:
+        plain = self._original(job_id)
+        if plain is None:
             return
-        # By exact name: where names ignore case, another job's file would answer to this one.
-        if plain.name not in os.listdir(self.directory):
-            return
+        for beside in files.sidecars(plain):
+            files.check_regular(beside)
         if files.check_regular(plain) and schema.is_format_1(plain, self._vfs):
             plain.rename(path)
             files.sync_directory(self.directory)
+
+    def _original(self, job_id: str) -> Path | None:
+        """Return where the original kept a job, if something is there under just that name, and no other of ours."""
+        plain = self.directory / f"{job_id}.db"
+        # A path is tidied up: "./x" would take what belongs to "x".
+        if plain.name != f"{job_id}.db" or plain == self.path(job_id):
+            return None
+        # By exact name: where names ignore case, another job's file would answer to this one.
+        with contextlib.suppress(FileNotFoundError):
+            return plain if plain.name in os.listdir(self.directory) else None
+        return None
 
     def stored(self) -> list[StoredJob]:
         """Return every job in the directory, by id."""
@@ -65,22 +81,29 @@ class DirectoryRoot:
             names = sorted(os.listdir(self.directory))
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise Unavailable(f"can't list the root {str(self.directory)!r}: {error}") from error
         jobs = []
         for name in names:
             job_id = files.job_id_of(name)
             path = self.directory / name
-            if job_id is not None and not path.is_symlink() and path.is_file():
-                sizes = [beside.stat().st_size for beside in (path, *files.sidecars(path)) if beside.exists()]
-                jobs.append(StoredJob(job_id, path, sum(sizes)))
+            if job_id is not None and (size := files.size(path)) is not None:
+                jobs.append(
+                    StoredJob(job_id, path, size + sum(files.size(beside) or 0 for beside in files.sidecars(path)))
+                )
         return sorted(jobs)
 
     def drop(self, job_id: str) -> list[Path]:
         """Delete a job's files; return those removed. Raises `JobLocked` if another process owns it."""
         path = self.path(job_id)
-        if not any(file.exists() or file.is_symlink() for file in (path, *files.sidecars(path))):
+        there = any(os.path.lexists(file) for file in (path, *files.sidecars(path)))
+        # A lock file alone is what a drop that failed half way has left.
+        if not there and self._original(job_id) is None and not os.path.lexists(path.with_suffix(".lock")):
             return []
         claim = files.Claim(path)
         try:
+            if not there:
+                self._adopt(job_id, path)  # else it would be taken for the job at the next opening
             return files.remove(path)
         finally:
             claim.release()

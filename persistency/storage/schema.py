@@ -19,17 +19,25 @@ Doesn't know: groups, versions beyond the stored number, threads.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import apsw
 
 from persistency.errors import Corrupt, DiskFull, SchemaTooNew, StorageError, Unavailable
+from persistency.storage.files import size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
+
+log = logging.getLogger("persistency.storage")
 
 FORMAT = 2
 PAGE_BYTES = 4096
 BUSY_MS = 5000
+_VFS = "win32" if os.name == "nt" else "unix"  # named: a loaded extension may have changed the process' default
 
 _KV = """
 CREATE TABLE kv (category BLOB NOT NULL, key BLOB NOT NULL, payload BLOB NOT NULL,
@@ -48,11 +56,18 @@ INSERT INTO meta VALUES ('last_version', 0), ('clean', 1), ('syncs', 0);
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
 
-# Name, declared type, NOT NULL, place in the primary key; hidden columns don't occur.
+# Name, declared type, NOT NULL, place in the primary key; hidden columns count.
 _COLUMNS_1 = [("category", "BLOB", 1, 1), ("key", "BLOB", 1, 2), ("payload", "BLOB", 1, 0)]
 _COLUMNS_2 = [*_COLUMNS_1, ("version", "INTEGER", 1, 0), ("expires_ms", "INTEGER", 0, 0)]
+_COLUMNS_META = [("name", "TEXT", 1, 1), ("value", "", 0, 0)]
 _OBJECTS = {1: {("table", "kv")}, 2: {("table", "kv"), ("index", "kv_expires"), ("table", "meta")}}
-_COLUMNS = {1: _COLUMNS_1, 2: _COLUMNS_2}
+_COLUMNS = {1: {"kv": _COLUMNS_1}, 2: {"kv": _COLUMNS_2, "meta": _COLUMNS_META}}
+# What a definition may consist of: nothing that computes, compares in another way, or forbids (CHECK, COLLATE, UNIQUE).
+_WORDS = frozenset(
+    ["create", "table", "index", "on", "where", "is", "not", "null", "default", "0", "primary", "without", "rowid"]
+    + ["kv", "kv_expires", "meta", "category", "key", "payload", "version", "expires_ms", "name", "value"]
+    + ["blob", "integer", "text", "(", ")", ",", '"', "`", "[", "]"]
+)
 
 _SWITCHES = (
     (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),
@@ -85,7 +100,10 @@ def translated(error: Exception, doing: str) -> StorageError:
     kind: type[StorageError] = StorageError
     if isinstance(error, _FULL):
         kind = DiskFull
-    elif isinstance(error, _CORRUPT) or code in (apsw.SQLITE_IOERR_DATA, apsw.SQLITE_IOERR_CORRUPTFS):
+    elif isinstance(error, (*_CORRUPT, UnicodeDecodeError)) or code in (
+        apsw.SQLITE_IOERR_DATA,
+        apsw.SQLITE_IOERR_CORRUPTFS,
+    ):
         kind = Corrupt
     elif isinstance(error, _UNAVAILABLE):
         kind = Unavailable
@@ -101,29 +119,58 @@ def connect(path: Path, durability: Durability, vfs: str | None = None) -> apsw.
     the other storage errors for what the system refuses.
     """
     try:
+        if size(path.with_name(path.name + "-journal")):
+            _look_first(path, vfs)
         connection = apsw.Connection(
             str(path),
             flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOFOLLOW,
-            # Named: a loaded extension may have changed the process' default.
-            vfs=vfs or ("win32" if os.name == "nt" else "unix"),
+            vfs=vfs or _VFS,
             statementcachesize=64,
         )
-    except apsw.Error as error:
+    except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, f"can't open {str(path)!r}") from error
     try:
         _defend(connection)
+        if not size(path.with_name(path.name + "-wal")):
+            own_log(connection)  # it will be our own, and must not be left behind
         found = _recognise(connection, path)
         _set_up(connection, path, durability)
         if found != FORMAT:
             migrate(connection, found)
-        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-    except apsw.Error as error:
-        connection.close()
+    except (apsw.Error, UnicodeDecodeError) as error:
+        close(connection)
         raise translated(error, f"can't open {str(path)!r}") from error
     except BaseException:
-        connection.close()
+        close(connection)
         raise
     return connection
+
+
+def _look_first(path: Path, vfs: str | None) -> None:
+    """Look at a file as it lies there: the journal beside it would be applied to it by any other look."""
+    connection = apsw.Connection(
+        path.absolute().as_uri() + "?immutable=1",
+        flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_NOFOLLOW,
+        vfs=vfs or _VFS,
+    )
+    try:
+        _defend(connection)
+        _recognise(connection, path)
+    finally:
+        close(connection)
+
+
+def own_log(connection: apsw.Connection) -> None:
+    """From now on closing the connection carries the log over and clears it away: it is known to be ours."""
+    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+
+
+def close(connection: apsw.Connection) -> None:
+    """Close a connection; what goes wrong is only told to the log, because whatever was committed is safe."""
+    try:
+        connection.close()
+    except apsw.Error as error:
+        log.warning("closing a job's file: %s", error)
 
 
 def _defend(connection: apsw.Connection) -> None:
@@ -141,25 +188,39 @@ def _recognise(connection: apsw.Connection, path: Path) -> int:
     found = int(connection.pragma("user_version"))
     if found > FORMAT:
         raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
-    names = connection.execute("SELECT type, name FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'").fetchall()
-    objects = {(kind, name) for kind, name in names}
-    if found == 0 and not objects:
+    definitions: list[tuple[Any, ...]] = connection.execute(
+        # The exceptions are what ANALYZE leaves.
+        "SELECT type, name, sql FROM sqlite_schema"
+        " WHERE type <> 'table' OR name NOT IN ('sqlite_stat1', 'sqlite_stat4')"
+    ).fetchall()
+    objects = {(kind, name) for kind, name, _ in definitions}
+    if found == 0 and not definitions and size(path) != 1:  # SQLite takes a file of one byte for an empty one
         return 0
-    columns = [
-        (name, kind, notnull, place)
-        for name, kind, notnull, place, hidden in connection.execute(
-            "SELECT name, type, \"notnull\", pk, hidden FROM pragma_table_xinfo('kv')"
-        )
-        if not hidden
-    ]
-    if found <= 0 or objects != _OBJECTS[found] or columns != _COLUMNS[found]:
-        strange = sorted(f"{kind} {name}" for kind, name in objects - _OBJECTS.get(found, set()))
+    strange = sorted(f"{kind} {name}" for kind, name in objects - _OBJECTS.get(found, set()))
+    if (
+        found <= 0
+        or strange
+        or len(definitions) != len(_OBJECTS[found])
+        or not _as_defined(connection, found, definitions)
+    ):
         raise Corrupt(
             f"{str(path)!r} isn't a job's file: format {found}, "
             + (f"has {', '.join(strange)}" if strange else "other columns"),
             hint="It was left untouched. Move it away, or choose another job id or root.",
         )
     return found
+
+
+def _as_defined(connection: apsw.Connection, found: int, definitions: list[tuple[Any, ...]]) -> bool:
+    """Return whether the tables of a file have a format's columns, and nothing else is in any definition."""
+    words = [re.findall(r"\w+|\S", str(sql).lower()) for _, _, sql in definitions]
+    columns = {
+        table: connection.execute(
+            'SELECT name, type, "notnull", pk FROM pragma_table_xinfo(?) ORDER BY cid', (table,)
+        ).fetchall()
+        for table in _COLUMNS[found]
+    }
+    return columns == _COLUMNS[found] and _WORDS.issuperset(chain(*words))
 
 
 def _set_up(connection: apsw.Connection, path: Path, durability: Durability) -> None:
@@ -192,7 +253,7 @@ def is_format_1(path: Path, vfs: str | None = None) -> bool:
     """Return whether a file is the Nim original's, and leave it in one piece, with no log beside it, if it is."""
     try:
         connection = apsw.Connection(
-            str(path), flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOFOLLOW, vfs=vfs or "unix"
+            str(path), flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOFOLLOW, vfs=vfs or _VFS
         )
     except apsw.Error:
         return False
@@ -200,22 +261,36 @@ def is_format_1(path: Path, vfs: str | None = None) -> bool:
         _defend(connection)
         if _recognise(connection, path) != 1:
             return False
-        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+        own_log(connection)
         connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-    except (apsw.Error, Corrupt, SchemaTooNew):
+    except (apsw.Error, UnicodeDecodeError, Corrupt, SchemaTooNew):
         return False
     finally:
-        connection.close()
+        close(connection)
     return True
 
 
 def check_job_id(connection: apsw.Connection, job_id: str, path: Path) -> None:
     """Hold the id in the file against the one asked for; write it into a new file."""
-    stored = connection.execute("SELECT value FROM meta WHERE name = 'job_id'").fetchone()
-    if stored is None:
-        connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
-    elif stored[0] != job_id:
+    try:
+        stored = connection.execute("SELECT value FROM meta WHERE name = 'job_id'").fetchone()
+        if stored is None:
+            connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
+    except (apsw.Error, UnicodeDecodeError) as error:
+        raise translated(error, f"can't read the job id in {str(path)!r}") from error
+    if stored is not None and stored[0] != job_id:
         raise Corrupt(
             f"{str(path)!r} belongs to job {stored[0]!r}, not {job_id!r}",
             hint="Files can't be renamed into another job; bring back the right file.",
         )
+
+
+def read_meta(connection: apsw.Connection) -> dict[str, int]:
+    """Return the numbers in a file's meta table. Raises `Corrupt` if the last version isn't one."""
+    try:
+        stored = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('last_version', 'clean')"))
+    except (apsw.Error, UnicodeDecodeError) as error:
+        raise translated(error, "can't read the last version") from error
+    if not isinstance(stored.get("last_version"), int):
+        raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
+    return stored

@@ -20,7 +20,7 @@ from typing import Any
 
 import apsw
 
-from persistency.errors import Corrupt, StorageError
+from persistency.errors import StorageError
 from persistency.storage import schema
 from persistency.storage.port import (
     PLACES,
@@ -56,6 +56,10 @@ _OWN_FAULTS = (
     ValueError,
 )
 
+# What is wrong with writing, even when it is a read that meets it.
+_WRITE_FAULTS = (apsw.FullError, apsw.ReadOnlyError)
+_WRITE_CODES = (apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_TRUNCATE)
+
 
 class _ReadFault(Exception):
     """A read broke the transaction it stood in; the group is run again without it."""
@@ -72,9 +76,8 @@ class SqliteStore:
     reads_in_place = True
 
     def __init__(self, connection: apsw.Connection, options: StoreOptions, release: Callable[[], None]) -> None:
-        stored = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('last_version', 'clean')"))
-        if not isinstance(stored.get("last_version"), int):
-            raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
+        stored = schema.read_meta(connection)
+        schema.own_log(connection)
         self.options = options
         self._connection = connection
         self._release = release
@@ -171,7 +174,7 @@ class SqliteStore:
         """Close the file in order and give up its ownership, whatever happens."""
         try:
             self.settle()
-            self._connection.close()
+            schema.close(self._connection)
         finally:
             self._release()
 
@@ -196,6 +199,7 @@ class SqliteStore:
             self._roll_back()
             # An interrupt may come after COMMIT has happened, so the file is asked.
             self._table.version = self._stored_version(before)
+            self._clean = self._clean and self._table.version == before
             raise
         finally:
             if sync:
@@ -303,10 +307,12 @@ class SqliteStore:
         try:
             return self._answers[kind](message)
         except apsw.Error as error:
+            if isinstance(error, _WRITE_FAULTS) or getattr(error, "extendedresult", 0) in _WRITE_CODES:
+                raise  # there was no room to read into: the group's own pages had to be written first
             fault = schema.translated(error, "a read failed")
             if self._connection.in_transaction:
                 return Failed(fault)
-                raise _ReadFault(at, fault) from error
+            raise _ReadFault(at, fault) from error
 
     def _run_apart(self, group: Group, refused: dict[int, Failed]) -> list[Any]:
         """Run each message in a savepoint of its own, so that one that can't be stored is undone alone."""

@@ -2,8 +2,8 @@
 
 Rules:
   1. No statement begins or ends a transaction; whoever calls has one open.
-  2. Consecutive plain puts are written many rows to a statement; big runs of them in key order, because a
-     B-tree takes neighbours together. Versions still follow the order of arrival.
+  2. Consecutive plain puts are written by one statement; big runs of them in key order, because a B-tree takes
+     neighbours together. Versions still follow the order of arrival.
   3. Every operation moves `version` on by one, whether it changed a row or not.
   4. A row is live if and only if now_ms < expires_ms; no statement answers with one that isn't.
 
@@ -13,7 +13,7 @@ Doesn't know: transactions, groups, files, what an error means.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import groupby, islice
 from operator import le
 from typing import Any
 
@@ -38,26 +38,35 @@ from persistency.storage.port import (
 )
 
 SORT_ROWS_MIN = 64  # below that, sorting costs more than it saves
-# More rows to a statement: fewer times to give up the interpreter lock, but past 256 the program is slower to run.
-# apsw caches no statement over 16 KB; the longest here has 5 KB.
-LADDER = (256, 32, 4, 1)
+TOGETHER_ROWS_MIN = 3  # below that, a statement for each row is as fast
+TOGETHER_BYTES_MAX = 4 * 1024 * 1024  # per statement: its rows are copied once
+_PLACES_MAX = 2**20  # as many as there are characters of four bytes in UTF-8, and a few less
 
 _UPSERT = (
     " ON CONFLICT (category, key) DO UPDATE SET"
     " payload = excluded.payload, version = excluded.version, expires_ms = excluded.expires_ms"
 )
-_INSERT = "INSERT INTO kv (category, key, payload, version) VALUES "
-# In arrival order: ?1 is the first row's version, the others count up from it.
-_RUN = [
-    (size, _INSERT + ",".join(["(?2,?,?,?1)", *(f"(?,?,?,?1+{row})" for row in range(1, size))]) + _UPSERT)
-    for size in LADDER
-]
-# In key order: every row brings its version.
-_SORTED = [(size, _INSERT + ",".join(["(?,?,?,?)"] * size) + _UPSERT) for size in LADDER]
+_INSERT = "INSERT INTO kv (category, key, payload, version) "
+_ONE = _INSERT + "VALUES (?1, ?2, ?3, ?4)" + _UPSERT
+# Any number of rows in one statement: SQLite reads them from an array by itself, and takes the interpreter lock not
+# once in between. (A statement of many VALUES is ended and begun again every few hundred rows; beside a thread that
+# keeps the interpreter busy each of these times costs 5 ms.) A row comes as one blob: the length of its key as a
+# character, which takes three bytes of UTF-8, then key and payload.
+_LENGTH = "unicode(CAST(substr(value, {at}, 3) AS TEXT)) - 2048"
+_ROWS = "SELECT ?1, substr(value, {at} + 3, {length}), substr(value, {at} + 3 + {length}), {version} FROM carray(?3)"
+# In order of arrival: ?2 is the version before the first row's.
+_RUN = _INSERT + _ROWS.format(at=1, length=_LENGTH.format(at=1), version="?2 + rowid") + " WHERE true" + _UPSERT
+# In order of keys: its place in the order of arrival stands before a row, as a character of four bytes.
+_PLACE = "unicode(CAST(substr(value, 1, 4) AS TEXT)) - 65535"
+_SORTED = _INSERT + _ROWS.format(at=5, length=_LENGTH.format(at=5), version=f"?2 + {_PLACE}") + " WHERE true" + _UPSERT
 
-_POINT = "SELECT payload, expires_ms FROM kv WHERE category = ? AND key = ?"
-_ENTRY = "SELECT key, payload, version, expires_ms FROM kv WHERE category = ? AND key = ?"
-_DROP_ROW = "DELETE FROM kv WHERE category = ? AND key = ? RETURNING expires_ms"
+# A column's type is only a wish: another tool, or a damaged file, may have put text or a number there.
+_POINT = "SELECT CAST(payload AS BLOB), CAST(expires_ms AS INTEGER) FROM kv WHERE category = ? AND key = ?"
+_ENTRY = (
+    "SELECT key, CAST(payload AS BLOB), CAST(version AS INTEGER), CAST(expires_ms AS INTEGER)"
+    " FROM kv WHERE category = ? AND key = ?"
+)
+_DROP_ROW = "DELETE FROM kv WHERE category = ? AND key = ? RETURNING CAST(expires_ms AS INTEGER)"
 _EXPIRED = "DELETE FROM kv WHERE category = ?1 AND key >= ?2 AND expires_ms <= ?3"
 _HAS = "SELECT EXISTS (SELECT 1 FROM kv WHERE category = ? AND key = ?)"
 _SPAN = " FROM kv WHERE category = ?1 AND key >= ?2 AND (expires_ms IS NULL OR expires_ms > ?3)"
@@ -65,6 +74,26 @@ _SPAN = " FROM kv WHERE category = ?1 AND key >= ?2 AND (expires_ms IS NULL OR e
 _SPAN_WITHOUT_EXPIRY = " FROM kv WHERE category = ?1 AND key >= ?2 AND ?3 = ?3"
 _ANY_EXPIRY = "SELECT EXISTS (SELECT 1 FROM kv WHERE expires_ms IS NOT NULL)"
 _NEXT_CATEGORY = "SELECT min(category) FROM kv WHERE category > ?"
+
+
+class _Marks(dict[int, bytes]):
+    """Numbers as single characters in UTF-8, from one on of which all take the same number of bytes."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def __missing__(self, number: int) -> bytes:
+        mark = self[number] = chr(self._first + number).encode()
+        if len(self) > _MARKS_KEPT:
+            self.clear()
+        return mark
+
+
+_MARKS_KEPT = 65_536
+_LENGTHS = _Marks(2048)  # up to 10,240, far below the surrogates
+_PLACE_MARKS = _Marks(65_536)
+# Part of SQLite's own source, but a build may leave it out; then each row has its statement.
+_CARRAY = hasattr(apsw, "carray") and "ENABLE_CARRAY" in apsw.compile_options
 
 
 def _in_order(keys: list[bytes]) -> bool:
@@ -96,35 +125,33 @@ class Table:
     def write(self, rows: Group) -> None:
         """Write plain puts: a flat list of category, key, payload."""
         count = len(rows) // PLACES
-        first = self.version + 1
+        before = self.version
         self.version += count
-        if count >= SORT_ROWS_MIN:
-            categories = rows[::PLACES]
-            alone = categories.count(categories[0]) == count
-            if not (alone and _in_order(rows[1::PLACES])):
-                self._write_sorted(rows, first)
-                return
-        at = 0
-        for size, statement in _RUN:
-            while count - at >= size:
-                self.execute(statement, (first + at, *rows[at * PLACES : (at + size) * PLACES]))
-                at += size
+        if count < TOGETHER_ROWS_MIN or not _CARRAY:
+            for at in range(count):
+                self.execute(_ONE, (*rows[at * PLACES : (at + 1) * PLACES], before + at + 1))
+            return
+        # So many rows to a statement that the copy of them stays small, whatever the group has.
+        size = sum(map(len, rows)) // count + 1
+        step = min(max(1, TOGETHER_BYTES_MAX // size), _PLACES_MAX)
+        for at in range(0, count, step):
+            self._write_together(rows[at * PLACES : (at + step) * PLACES], before + at)
 
-    def _write_sorted(self, rows: Group, first: int) -> None:
+    def _write_together(self, rows: Group, before: int) -> None:
         categories, keys, payloads = rows[::PLACES], rows[1::PLACES], rows[2::PLACES]
+        alone = categories.count(categories[0]) == len(categories)
+        if alone and (len(keys) < SORT_ROWS_MIN or _in_order(keys)):
+            blobs = map(b"".join, zip(map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads, strict=True))
+            self.execute(_RUN, (categories[0], before, apsw.carray(tuple(blobs))))
+            return
         # Twice stable: by key, then by category. Of equal keys the later row stays the later one, and wins.
         order = sorted(range(len(keys)), key=keys.__getitem__)
         order.sort(key=categories.__getitem__)
-        places: list[Any] = [None] * (4 * len(order))
-        places[0::4] = [categories[row] for row in order]
-        places[1::4] = [keys[row] for row in order]
-        places[2::4] = [payloads[row] for row in order]
-        places[3::4] = [first + row for row in order]
-        at = 0
-        for size, statement in _SORTED:
-            while len(places) - at >= 4 * size:
-                self.execute(statement, places[at : at + 4 * size])
-                at += 4 * size
+        for category, run in groupby(order, categories.__getitem__):
+            sorted_blobs = tuple(
+                b"".join((_PLACE_MARKS[at], _LENGTHS[len(keys[at])], keys[at], payloads[at])) for at in run
+            )
+            self.execute(_SORTED, (category, before, apsw.carray(sorted_blobs)))
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return a live row's payload, or `None`."""
@@ -161,7 +188,7 @@ class Table:
 
     def scan(self, message: ScanRange) -> list[tuple[bytes, bytes]]:
         """Return the live rows of a range, in key order or in reverse."""
-        columns = "key, x''" if message.keys_only else "key, payload"
+        columns = "key, x''" if message.keys_only else "key, CAST(payload AS BLOB)"
         payloads = not message.keys_only
         sql, bindings = self._span(message.category, message.start, message.stop, filtered=payloads)
         sql = f"SELECT {columns}{sql} ORDER BY key {'DESC' if message.reverse else 'ASC'} LIMIT ?"

@@ -554,7 +554,7 @@ def test_splicing_and_extending() -> None:
     parent = key("a", 1)
     child, none = ("b",), ()
     assert key(parent, "b") == key("a", 1, "b") == parent + child
-    assert key("z", parent) == key("z", "a", 1) == key("z") + (parent,)  # noqa: RUF005
+    assert key("z", parent) == key("z", "a", 1) == key("z") + (parent,)
     assert type(parent + child) is type(parent + none) is Key
     assert key(parent, key(), key(None)).parts == ("a", 1, None)
     extended = parent
@@ -617,7 +617,7 @@ def test_raw_keys() -> None:
     with pytest.raises(Misuse, match="own encoding"):
         _ = RawKey(b"\x14").parts
     with pytest.raises(Misuse, match="own encoding"):
-        RawKey(b"\x14") + ("a",)  # noqa: RUF005
+        RawKey(b"\x14") + ("a",)
     with pytest.raises(Misuse, match="RawKey"):
         key(RawKey(b"\x14"), "a")
 

@@ -1,0 +1,1 @@
+"""Tests of the storage port and its adapters."""
