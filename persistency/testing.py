@@ -8,10 +8,10 @@ With pytest, subclass the suite under a name pytest collects, and say how a stor
         def open_store(self):
             return MyRoot(...).open("conformance", StoreOptions())
 
-Every check opens one new, empty store by `open_store()` and closes it. An adapter whose jobs outlive their store also
-overrides `reopen_store()`, which opens again what was opened last. Without pytest, `check_store(open_store)` does
-the same and raises the first `AssertionError`; the messages say what was expected and need no assertion rewriting.
-Expired rows are not covered: the port has no message that writes an expiry.
+Rules:
+  1. Every check opens one new, empty store by `open_store()` and closes it. An adapter whose jobs outlive their
+     store also overrides `reopen_store()`, which opens again what was opened last.
+  2. Without pytest, `check_store(open_store)` raises the first `AssertionError`, whose message says what was expected.
 
 Doesn't know: pytest, files, SQL, threads, and any adapter.
 """
@@ -127,8 +127,7 @@ class StoreConformance:
             same([store.read(read, NOW_MS) for read in reads], answers, "reads of an empty store")
             same(store.apply([], NOW_MS), [], "an empty group")
             same(store.status().last_version, 0, "the last version of an empty store")
-            if not isinstance(store.reads_in_place, bool):
-                raise AssertionError("reads_in_place must be a bool")
+            same(type(store.reads_in_place), bool, "the type of reads_in_place")
 
     def test_puts_are_kept_in_order(self) -> None:
         """A group of plain puts answers `None` each, the later of two puts of a key wins, versions follow arrival."""
@@ -312,9 +311,8 @@ class StoreConformance:
                 outcomes = store.apply(group(*messages), NOW_MS)
                 _conflict(outcomes[1], b"k", wrong, 1)
                 same([outcomes[0], *outcomes[2:]], [None, before + 1, before + 2, before + 2], "the neighbours")
-            _conflict(
-                store.apply(group(batch(Expect(b"c", b"no", 1), put(b"c", b"no", b""))), NOW_MS)[0], b"no", 1, None
-            )
+            absent = group(batch(Expect(b"c", b"no", 1), put(b"c", b"no", b"")))
+            _conflict(store.apply(absent, NOW_MS)[0], b"no", 1, None)
             same([row.key for row in dump(store)[b"c"]], [b"1", b"2", b"k", b"r"], "the keys")
             same(store.status().last_version, 10, "the last version")
 
