@@ -41,7 +41,7 @@ MEMORY = ":memory:"
 
 # A site lives as long as a Persistency or a worker on it does.
 _sites: weakref.WeakValueDictionary[Path, Site] = weakref.WeakValueDictionary()
-_sites_lock = threading.Lock()
+_sites_lock = threading.RLock()  # a signal handler may make a Persistency too
 
 
 def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
@@ -186,7 +186,7 @@ class Persistency:
                     self._jobs[job_id] = job
                     return job
             # A second lease isn't needed; if the first was given back meanwhile, it was the last one: try again.
-            job.leave(flush=False)
+            job._leave(flush=False)
             if self._closed:
                 raise Closed(f"{self!r} was closed while job {job_id!r} opened")
             if held is not None and not held.closed:
@@ -243,9 +243,9 @@ class Persistency:
 
     async def adrop_job(self, job_id: str) -> list[Path]:
         """Do what `drop_job` does, without blocking the event loop."""
-        return await self._adrive(self._dropping(job_id), None)
+        return await self._adrive(self._dropping(job_id, aside=True), None)
 
-    def _dropping(self, job_id: str) -> Generator[Reply[None], None, list[Path]]:
+    def _dropping(self, job_id: str, *, aside: bool = False) -> Generator[Reply[Any], Any, list[Path]]:
         if self._closed:
             raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
         self._site.root.path(job_id)
@@ -254,8 +254,8 @@ class Persistency:
         if job is not None:
             # What it reports was told already, and what it is about is to be deleted anyway.
             with contextlib.suppress(WriteFailed):
-                yield job.leave()
-        return (yield from self._site.drop(job_id))
+                yield job._leave()
+        return (yield from self._site.drop(job_id, aside=aside))
 
     def stored_jobs(self) -> list[StoredJob]:
         """Return every job the root keeps, open or not."""
@@ -279,7 +279,7 @@ class Persistency:
         with self._lock:
             self._closed = True
             jobs, self._jobs = self._jobs, {}
-        leaving = {job_id: job.leave() for job_id, job in jobs.items()}
+        leaving = {job_id: job._leave() for job_id, job in jobs.items()}
         failures: list[Failure] = []
         omitted = 0
         first: Exception | None = None

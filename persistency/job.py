@@ -275,7 +275,7 @@ class Job:
         the last flush, and `TimeoutError` after `timeout` seconds, which says what is left and keeps closing.
         """
         timeout = as_seconds(timeout, "timeout")
-        reply = self.leave(drain=as_flag(drain, "drain"))
+        reply = self._leave(drain=as_flag(drain, "drain"))
         try:
             reply.result(timeout)
         except TimeoutError:
@@ -288,13 +288,13 @@ class Job:
 
     async def aclose(self) -> None:
         """Do what `close` does, without blocking the event loop."""
-        await self.leave()
+        await self._leave()
 
-    def leave(self, *, drain: bool = True, flush: bool = True) -> Reply[None]:
+    def _leave(self, *, drain: bool = True, flush: bool = True) -> Reply[None]:
         """Begin to close; the reply is what `close` waits for. Without `flush` failures are left to other handles."""
         return self._release(self, drain, flush)
 
-    def shut(self) -> Mailbox:
+    def _shut(self) -> Mailbox:
         """Make this handle refuse everything from now on; return the mailbox it had. For the engine."""
         had, self._mailbox = self._mailbox, _refusing(self.id)
         self._closed = True

@@ -37,7 +37,7 @@ class _Charge(NamedTuple):
     exit_timeout: float
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may open a job too
 _charges: dict[int, _Charge] = {}
 _exiting = False
 

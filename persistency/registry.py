@@ -88,8 +88,11 @@ class Site:
 
         return Job(job_id, path, entry.mailbox, worker.statistics, release)
 
-    def drop(self, job_id: str) -> Generator[Reply[None], None, list[Path]]:
-        """Delete a job that nobody here has open; yields the replies to wait for on the way."""
+    def drop(self, job_id: str, *, aside: bool) -> Generator[Reply[Any], Any, list[Path]]:
+        """Delete a job that nobody here has open; yields the replies to wait for on the way.
+
+        With `aside` the files are deleted in a thread of its own, because that may take a while.
+        """
         self.root.path(job_id)
         placeholder = _Entry(JobOptions(), Mailbox(JobOptions().bounds), None, None)
         while (entry := self._reserve(job_id, placeholder)) is not placeholder:
@@ -99,10 +102,23 @@ class Site:
                     hint="Close it there first.",
                 )  # fmt: skip
             yield entry.gone
-        try:
-            return self.root.drop(job_id)
-        finally:
+        reply: Reply[list[Path]] = pending(placeholder.mailbox, reads=False)
+
+        def remove() -> None:
+            answer: tuple[Reply[Any], Any, BaseException | None]
+            try:
+                answer = (reply, self.root.drop(job_id), None)
+            except BaseException as error:
+                answer = (reply, None, error)
             self._gone(job_id, placeholder)
+            settle_all([answer])
+
+        if aside:
+            threading.Thread(target=remove, name=f"persistency:{job_id}:drop").start()
+            yield reply
+        else:
+            remove()
+        return reply.result()
 
     def _reserve(self, job_id: str, placeholder: _Entry) -> _Entry:
         with self._lock:
@@ -124,17 +140,17 @@ class Site:
                         )
                     entry.leases.add(lease)
                 return entry
-            entry = self._entries[job_id] = self._new(job_id, JobOptions(**given), now_ms)
+            fresh = self._new(job_id, JobOptions(**given), now_ms)
+            # A signal handler that came meanwhile may have opened the job itself.
+            entry = self._entries.setdefault(job_id, fresh)
             entry.leases.add(lease)
-        worker, failures = entry.worker, entry.failures
-        assert worker is not None
-        assert failures is not None
-        lifecycle.look_after(job_id, worker, failures, exit_timeout)
-        try:
-            lifecycle.begin(worker)
-        except BaseException:
-            self._leave(job_id, entry, lease)
-            raise
+        if entry is fresh and entry.worker is not None and entry.failures is not None:
+            try:
+                lifecycle.look_after(job_id, entry.worker, entry.failures, exit_timeout)
+                lifecycle.begin(entry.worker)
+            except BaseException:
+                self._leave(job_id, entry, lease)
+                raise
         return entry
 
     def _new(self, job_id: str, options: JobOptions, now_ms: Callable[[], int]) -> _Entry:
@@ -164,15 +180,20 @@ class Site:
 
     def _release(self, entry: _Entry, lease: object, job: Job, *, drain: bool, flush: bool) -> Reply[None]:
         """Close a handle, and with the last one the job; with others left, `flush` what was posted until now."""
-        with self._lock:
-            if job.closed:
-                return ready()
-            mailbox = job.shut()
-            entry.leases.discard(lease)
-            last = not entry.leases and not entry.leaving
-            entry.leaving = entry.leaving or last
+        last = False
+        try:
+            with self._lock:
+                if job.closed:
+                    return ready()
+                mailbox = job._shut()
+                entry.leases.discard(lease)
+                last = not entry.leases and not entry.leaving
+                entry.leaving = entry.leaving or last
+        finally:
+            if last:  # also if an interrupt comes here: nobody else would do it
+                closed = self._close(job.id, entry, drain=drain)
         if last:
-            return self._close(job.id, entry, drain=drain)
+            return closed
         try:
             return mailbox.write(Barrier(), 0, 0, free=True) if drain and flush else ready()
         except PersistencyError as error:  # the job is poisoned

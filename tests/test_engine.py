@@ -609,7 +609,7 @@ def test_drop_job_waits_for_a_job_that_is_closing(root: Path, monkeypatch: pytes
         job = persistency.open_job("a")
         job.put("held", ("k",), b"")
         gate.wait()
-        closing = job.leave()
+        closing = job._leave()
         dropping = in_thread(lambda: persistency.drop_job("a"))
         with pytest.raises(TimeoutError):
             dropping.result(0.05)
@@ -910,7 +910,7 @@ def test_close_waits_for_every_job_though_one_fails(
     close = SqliteStore.close
     bad: list[Any] = []
 
-    def failing(store: Any) -> None:
+    def failing(store: Any, *, tidy: bool = True) -> None:
         close(store)
         if store in bad:
             raise OSError(5, "the store can't be closed")
@@ -1134,7 +1134,7 @@ class SlowReturn:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, persistency: Persistency) -> None:
         self.arrived, self.may_go, self.went = threading.Event(), threading.Event(), threading.Event()
         self.thread = 0
-        leave = Job.leave
+        leave = Job._leave
 
         def held(job: Job, **options: Any) -> Any:
             if threading.get_ident() != self.thread:
@@ -1154,7 +1154,7 @@ class SlowReturn:
                 self.arrived.set()
                 self.went.set()
 
-        monkeypatch.setattr(Job, "leave", held)
+        monkeypatch.setattr(Job, "_leave", held)
         self.opening = in_thread(open_again)
         self.arrived.wait(1.0)
 
@@ -1174,7 +1174,7 @@ def test_opening_again_never_discards_what_was_posted(root: Path, monkeypatch: p
         gate.wait()
         for number in range(10):
             job.put("c", (number,), b"")
-        closing = job.leave()
+        closing = job._leave()
         racing.let_go()
         gate.may_go.set()
         assert closing.exception(WAIT) is None

@@ -1005,7 +1005,7 @@ def test_a_failure_is_named_by_what_was_posted(persistency: Persistency, gate: G
     job.delete_range("c", KeyRange(("a",), ("b",)))
     batch: list[Op] = [Put("c", ("l",), b"2"), DeletePrefix("c", ("l",))]
     job.persist(batch)
-    closing = job.leave(drain=False)
+    closing = job._leave(drain=False)
     gate.release()
     failed = closing.exception(WAIT)
     assert isinstance(failed, WriteFailed)
@@ -1348,7 +1348,7 @@ def test_close_without_draining_fails_what_was_not_started(persistency: Persiste
     fill(job, 10)
     read, write, flushed = job.get("c", (1,)), job.commit(Put("c", ("w",), b"")), job.flush()
     scan = job.scan("c")
-    closing = job.leave(drain=False)
+    closing = job._leave(drain=False)
     gate.release()
     for reply in (read, write, flushed, scan):
         assert isinstance(reply.exception(WAIT), Closed)
@@ -1424,7 +1424,7 @@ def test_every_reply_is_settled_by_close(persistency: Persistency, gate: Gate) -
     fill(job, 3)
     replies: list[Reply[Any]] = [job.get("c", (1,)), job.scan("c"), job.commit([]), job.flush(), job.drain()]
     waiters = [in_thread(partial(reply.result, WAIT)) for reply in replies]
-    closing = job.leave()
+    closing = job._leave()
     assert job.closed
     gate.release()
     assert waiters[0].result(WAIT) == b"1"

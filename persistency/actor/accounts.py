@@ -18,7 +18,7 @@ from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.settling import tell_if_unseen
 from persistency.actor.tally import Tally
-from persistency.errors import Failure, PersistencyError
+from persistency.errors import Failure, PersistencyError, WriteFailed
 from persistency.storage.port import PLACES, Barrier, Failed, Group, operations
 
 Answer = tuple[Reply[Any], Any, BaseException | None]
@@ -65,7 +65,7 @@ class Accounts:
                 if type(message) is Barrier:
                     self._failures.record(failed_events)
                     failed_events = []
-                    answers.append((reply, None, self._failures.take()))
+                    answers.append((reply, None, self.flushed(reply)))
                 else:
                     answers.append((reply, result, None))
         self._failures.record(failed_events)
@@ -77,14 +77,21 @@ class Accounts:
         if named:
             tell_if_unseen(reply, error, lambda _error: self._failures.report(named))
 
-    def count(self, committed: int, failed: int) -> None:
-        """Count operations that were in flight as decided."""
+    def flushed(self, reply: Reply[Any]) -> WriteFailed | None:
+        """Return what a flush has to raise; if its reply is dropped unseen, the next one has to."""
+        failed = self._failures.take()
+        if failed is not None:
+            tell_if_unseen(reply, failed, lambda _error: self._failures.put_back(failed))
+        return failed
+
+    def count(self, committed: int, failed: int, *, in_place: bool = False) -> None:
+        """Count operations as decided; those of a write `in_place` are accepted at the same moment."""
 
         def count() -> None:
             self._tally.committed += committed
             self._tally.failed += failed
 
-        self._mailbox.decided(count)
+        self._mailbox.decided(count, taken=committed + failed if in_place else 0)
 
     def fail(self, *groups: tuple[Group, PersistencyError, str]) -> list[Answer]:
         """Fail groups whole, each with its error and outcome, as one step for whoever looks at the numbers."""

@@ -3,8 +3,9 @@
 Rules:
   1. Every bound has its unit in its name, and there is none that can't be set.
   2. A poster is let in or refused by whoever makes room; its own thread only sleeps on its bell.
+  3. First come, first served, among writes and among requests; neither kind waits behind the other.
 
-Doesn't know: the line itself.
+Doesn't know: the line itself. Whoever calls holds the mailbox's lock.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, Literal
 
-from persistency.errors import PersistencyError
+from persistency.errors import Overloaded, PersistencyError
 
 OnFull = Literal["block", "raise"]
 Refusal = Callable[[], PersistencyError]
@@ -23,12 +24,12 @@ Refusal = Callable[[], PersistencyError]
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How much is waiting, and how many write operations were taken but aren't decided yet."""
+    """How much is waiting, and how many write operations were accepted in all."""
 
     ops: int
     nbytes: int
     requests: int
-    in_flight: int
+    accepted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,16 @@ class Bounds:
         )
 
 
+def overloaded(level: Level, why: str) -> Overloaded:
+    """Return the error that says what is waiting, and why the poster may not."""
+    waiting = f"{level.ops} operations, {level.nbytes} bytes, {level.requests} requests waiting"
+    return Overloaded(f"the mailbox is full ({waiting}), {why}")
+
+
 class Poster:
     """A thread that waits for room: what it wants to post, and a bell to wake it."""
 
-    __slots__ = ("bell", "nbytes", "ops", "places", "refused", "requests", "thread")
+    __slots__ = ("bell", "let_in", "nbytes", "ops", "places", "refused", "requests", "thread")
 
     def __init__(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
         self.places = places
@@ -70,6 +77,57 @@ class Poster:
         self.nbytes = nbytes
         self.requests = requests
         self.thread = get_ident()
+        self.let_in = False
         self.refused: PersistencyError | None = None
         self.bell = threading.Lock()
         self.bell.acquire()
+
+
+class Queue:
+    """Those who wait for room, in the order they came."""
+
+    def __init__(self) -> None:
+        self._posters: list[Poster] = []
+
+    def __len__(self) -> int:
+        return len(self._posters)
+
+    def join(self, poster: Poster) -> None:
+        """Stand at the end."""
+        self._posters.append(poster)
+
+    def ahead(self, ops: int) -> bool:
+        """Say whether somebody who wants to post the same kind of message waits already."""
+        return any(bool(waiting.ops) == bool(ops) for waiting in self._posters)
+
+    def holds(self, thread: int) -> bool:
+        """Say whether a thread waits here."""
+        return any(waiting.thread == thread for waiting in self._posters)
+
+    def leave(self, poster: Poster) -> None:
+        """Stop waiting."""
+        if poster in self._posters:
+            self._posters.remove(poster)
+
+    def admit(self, fits: Callable[[Poster], bool], post: Callable[[Poster], None]) -> None:
+        """Let in whom there is room for. One by one and in place: an interrupt in between forgets nobody."""
+        stuck: set[bool] = set()
+        at = 0
+        while at < len(self._posters):
+            poster = self._posters[at]
+            kind = bool(poster.ops)
+            if kind in stuck or not fits(poster):
+                stuck.add(kind)
+                at += 1
+            else:
+                poster.let_in = True
+                del self._posters[at]
+                post(poster)
+                poster.bell.release()
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Tell all of them that there will be no room."""
+        while self._posters:
+            poster = self._posters.pop(0)
+            poster.refused = refusal()
+            poster.bell.release()

@@ -91,6 +91,14 @@ class FailureLog:
             taken, self._untaken = self._untaken, _Kept()
         return WriteFailed(taken.failures, taken.omitted)
 
+    def put_back(self, failed: WriteFailed) -> None:
+        """Keep for the next `take` what a flush took, but nobody looked at."""
+        with self._lock:
+            later, self._untaken = self._untaken, _Kept()
+            self._untaken.add(failed.failures)
+            self._untaken.add(later.failures)
+            self._untaken.omitted += failed.omitted + later.omitted
+
     def wait_told(self, timeout: float) -> None:
         """Give `on_error` up to `timeout` seconds to come back."""
         teller = self._teller
@@ -99,6 +107,7 @@ class FailureLog:
 
     def _tell(self) -> None:
         me = threading.get_ident()
+        alone = me not in self._never_waits  # else it is the worker itself, which stays among them
         self._never_waits.add(me)
         try:
             while True:
@@ -111,7 +120,8 @@ class FailureLog:
                     log.error("job %r: %d more failures are not passed to on_error", self._job_id, told.omitted)
                 self._call(told.failures)
         finally:
-            self._never_waits.discard(me)
+            if alone:
+                self._never_waits.discard(me)
 
     def _call(self, failures: Sequence[Failure]) -> None:
         assert self._on_error is not None

@@ -1,9 +1,8 @@
 """The mailbox: a bounded first-in-first-out line of messages, many posters, one taker at a time.
 
-Messages wait in one flat list, three places each (the group layout of `storage.port`), so that a queued put costs
-three pointers. Whoever holds the *turn* takes the whole list as one group: normally the worker; but a caller whose
-request finds the list empty and the turn free takes the turn and is answered in place, without a hop to another
-thread and back.
+Messages wait in one flat list, three places each (the group layout of `storage.port`). Whoever holds the *turn* takes
+the whole list as one group: normally the worker; but a caller whose request finds the list empty and the turn free
+takes the turn and is answered in place, without a hop to another thread and back.
 
 Rules:
   1. Posting, taking, turns and closing are one critical section: nothing slips in behind a closing. It is
@@ -11,7 +10,7 @@ Rules:
   2. A message is wholly taken or refused; one larger than the bounds is taken whole by an empty mailbox.
   3. Where it is full a plain thread waits, first come first served; a thread that runs an event loop never does: it
      may go over the bounds by as much again, and is then refused.
-  4. Nobody sleeps while there is something to do; the bell is rung only where the worker is asleep.
+  4. Nobody sleeps while there is something to do; until a ring was answered, nobody is answered in place.
   5. The turn's holder is a token of the one call that took it, so that an interrupted call gives it back.
 
 Doesn't know: what a message means, the store, files.
@@ -20,15 +19,14 @@ Doesn't know: what a message means, the store, files.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
-from persistency.actor.bounds import Bounds, Level, Poster, Refusal
+from persistency.actor.bounds import Bounds, Level, Poster, Queue, Refusal, overloaded
 from persistency.actor.reply import FINISHED, Reply, running_loop
 from persistency.actor.settling import cancel, pending, ready, settle_all
-from persistency.errors import Overloaded, StorageError
+from persistency.errors import StorageError
 from persistency.storage.port import GetRow, Group
 
 _new_reply = Reply.__new__
@@ -39,26 +37,27 @@ class Mailbox:
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
-        # Set by the worker while it can be asked in place; run by whoever has the turn.
+        # Set by the worker; run by whoever has the turn.
         self.get_in_place: Callable[[bytes, bytes], bytes | None] | None = None
         self.read_in_place: Callable[[Any], Reply[Any]] | None = None
         self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None
-        # Threads that must never wait for room here: the worker, and whoever runs callbacks for it.
-        self.never_waits: set[int] = set()
+        self.never_waits: set[int] = set()  # threads that must not wait for room here
         self.worker_thread: int | None = None
         self._lock = threading.RLock()
-        # Guarded by the lock: the line and its level,
+        # Guarded by the lock: the line,
         self._messages: Group = []
         self._ops = 0
         self._bytes = 0
         self._requests = 0
-        self._in_flight = 0
-        self._open_ops = bounds.ops_max  # what a plain put may go up to; 0 where it has to look closer
+        self._taken = 0  # write operations, since the beginning
+        self._generation = 0  # of the line: how often it was taken
+        self._withdrawn = 0  # requests cancelled where they stand, still to be cleared away
+        self._open_ops = bounds.ops_max  # up to where a plain put needn't look closer
         self._bytes_max = bounds.bytes_max
         self._inline = bounds.inline
         self._refusal: Refusal | None = None
         self._closed = False
-        # the turn, the sleeper,
+        # the turn and the sleeper,
         self._holder: object | None = None
         self._holder_thread = 0
         self._asleep = False
@@ -66,9 +65,8 @@ class Mailbox:
         self._late = 0  # posters that wait for the turn, once they have to serve themselves
         self._turn_free = threading.Condition(self._lock)
         self._attendant: Callable[[], None] | None = None
-        # and those who wait for room.
-        self._posters: deque[Poster] = deque()
-        self._draining: list[Reply[None]] = []
+        self._queue = Queue()
+        self._drained: Reply[None] | None = None  # one for all who want to know
         self._bell = threading.Lock()
         self._bell.acquire()
 
@@ -106,11 +104,10 @@ class Mailbox:
             try:
                 with self._lock:
                     get = self.get_in_place
-                    if self._holder is None and get is not None and not self._messages:
+                    if self._holder is None and get is not None and not self._messages and not self._rung:
                         self._holder_thread = get_ident()
                         self._holder = reply
-                if self._holder is reply and get is not None:
-                    # As `ready` does; a call would cost a tenth of the whole read.
+                if self._holder is reply and get is not None:  # then as `ready` does, without a call
                     reply._result = get(category, key)
                     reply._state = FINISHED
                     return reply
@@ -119,7 +116,7 @@ class Mailbox:
             finally:
                 if self._holder is reply:
                     self._holder = None
-                    if self._messages or self._closed or self._late:
+                    if self._messages or self._rung or self._closed or self._late:
                         self._hand_over()
         return self.ask(GetRow(category, key), reads=True)
 
@@ -140,17 +137,20 @@ class Mailbox:
     def _in_place(self, serve: Callable[..., Reply[Any]] | None, *args: Any) -> Reply[Any] | None:
         token = object()
         try:
-            if serve is not None and self._take_turn(token):
+            with self._lock:
+                if self._refusal is None and not self._messages and not self._rung:
+                    self.hold(token)
+            if serve is not None and self._holder is token:
                 return serve(*args)
         except StorageError:
             pass  # Nothing was applied. The worker knows how to wait until it can be.
         finally:
-            self.give_back(token)
+            # As `give_back` does: an interrupt that came at the entry of a call would keep the turn for ever.
+            if self._holder is token:
+                self._holder = None
+                if self._messages or self._rung or self._closed or self._late:
+                    self._hand_over()
         return None
-
-    def _take_turn(self, token: object) -> bool:
-        with self._lock:
-            return not self._messages and self._refusal is None and self.hold(token)
 
     def hold(self, token: object) -> bool:
         """Take the turn alone, if nobody has it."""
@@ -165,7 +165,7 @@ class Mailbox:
         """Give the turn back, if this token has it, and see that what was posted meanwhile is looked after."""
         if self._holder is token:
             self._holder = None
-            if self._messages or self._closed or self._late:
+            if self._messages or self._rung or self._closed or self._late:
                 self._hand_over()
 
     def _hand_over(self) -> None:
@@ -180,19 +180,17 @@ class Mailbox:
     def wait(self) -> None:
         """Sleep until there is something to take, or somebody rings."""
         with self._lock:
-            if self._rung or ((self._messages or self._closed) and self._holder is None):
-                self._rung = False
+            if (self._rung or self._messages or self._closed) and self._holder is None:
                 return
             self._asleep = True
         self._bell.acquire()
 
     def ring(self) -> None:
-        """Wake the worker for something other than messages; if it is awake, don't let it fall asleep."""
+        """Have the worker look after something other than messages."""
         with self._lock:
+            self._rung = True  # until somebody has had the turn
             if self._asleep:
                 self._ring()
-            else:
-                self._rung = True
 
     def take(self, token: object, *, patience: float = 0.0) -> Group | None:
         """Take the turn and the whole line, empty or not; `None` if another keeps the turn for `patience` seconds."""
@@ -204,33 +202,35 @@ class Mailbox:
                     self._turn_free.wait_for(lambda: self._holder is None, patience)
                 finally:
                     self._late -= 1
-            return self.take_more() if self.hold(token) else None
+            if not self.hold(token):
+                return None
+            self._rung = False
+        return self.take_more()
 
     def take_more(self) -> Group:
         """Take the whole line, for who has the turn already."""
         with self._lock:
-            group, self._messages = self._messages, []
-            self._in_flight += self._ops
-            self._ops = self._bytes = self._requests = 0
+            group = self._take_line()
             self._admit()
-            drained, self._draining = self._draining, []
-        if drained:
-            settle_all((reply, None, None) for reply in drained)
+            drained, self._drained = self._drained, None
+        if drained is not None:
+            settle_all([(drained, None, None)])
         return group
 
-    def decided(self, account: Callable[[], None]) -> None:
-        """Run `account` and forget what was in flight, as one step for whoever looks at the level."""
+    def decided(self, account: Callable[[], None], *, taken: int = 0) -> None:
+        """Run `account` as one step for whoever looks at the level; `taken`: operations that never stood in line."""
         with self._lock:
-            self._in_flight = 0
+            self._taken += taken
             account()
 
     def close(self, refusal: Refusal) -> None:
         """Refuse every later post; what is in the line stays to be taken. The first refusal stays."""
         with self._lock:
             self._closed = True
-            drained = self._refuse(refusal) if self._refusal is None else []
+            drained = self._refuse(refusal) if self._refusal is None else None
             self.ring()
-        settle_all((reply, None, refusal()) for reply in drained)
+        if drained is not None:
+            settle_all([(drained, None, refusal())])
         if self._attendant is not None:
             self._attendant()
 
@@ -238,11 +238,10 @@ class Mailbox:
         """Refuse every later post and take the whole line out; return it."""
         with self._lock:
             drained = self._refuse(refusal)
-            group, self._messages = self._messages, []
-            self._in_flight += self._ops
-            self._ops = self._bytes = self._requests = 0
+            group = self._take_line()
             self.ring()
-        settle_all((reply, None, refusal()) for reply in drained)
+        if drained is not None:
+            settle_all([(drained, None, refusal())])
         return group
 
     def unattend(self, attendant: Callable[[], None]) -> None:
@@ -251,16 +250,14 @@ class Mailbox:
             self._attendant = attendant
             self._open_ops = 0
 
+    def __len__(self) -> int:
+        return len(self._messages) // 3
+
     @property
     def ended(self) -> bool:
         """Whether nothing will ever be taken any more."""
         with self._lock:
             return self._closed and not self._messages
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing waits."""
-        return not self._messages
 
     def look_at_level(self, look: Callable[[Level], Any]) -> Any:
         """Return what `look` makes of how much is waiting, while nothing can change."""
@@ -273,20 +270,27 @@ class Mailbox:
             self.check()
             if self.bounds.low(self._level()):
                 return ready()
-            reply = pending(self, reads=False)
-            self._draining.append(reply)
-            return reply
+            if self._drained is None:
+                self._drained = pending(self, reads=False)
+            return self._drained
 
     def withdraw(self, reply: Reply[Any]) -> bool:
-        """Take a request out of the line and settle it as cancelled; return whether it was still there."""
+        """Cancel a request that still stands in line; return whether it did."""
         with self._lock:
-            if reply not in self._messages[2::3]:
+            if reply._ticket != self._generation:
                 return False
-            at = self._messages[2::3].index(reply) * 3
-            del self._messages[at : at + 3]
+            reply._ticket = -1
             self._requests -= 1
+            self._withdrawn += 1
+            if self._withdrawn * 6 > len(self._messages) + 1000:
+                self._clear_away()
             self._admit()
+            drained = None
+            if self.bounds.low(self._level()):
+                drained, self._drained = self._drained, None
         cancel(reply)
+        if drained is not None:
+            settle_all([(drained, None, None)])
         return True
 
     def waits_for_itself(self) -> bool:
@@ -306,7 +310,7 @@ class Mailbox:
                 self._append(places, ops, nbytes, requests)
             else:
                 poster = Poster(places, ops, nbytes, requests)
-                self._posters.append(poster)
+                self._queue.join(poster)
                 self._open_ops = 0
         if poster is not None:
             self._wait_for_room(poster)
@@ -315,51 +319,40 @@ class Mailbox:
 
     def _may_enter(self, ops: int, nbytes: int, requests: int) -> bool:
         """Say whether a post is taken now; raise `Overloaded` if it may neither be taken nor wait for room."""
-        ahead = any(bool(waiting.ops) == bool(ops) for waiting in self._posters)  # who came before, and of this kind
-        if not ahead and self.bounds.fit(self._level(), ops, nbytes, requests, 1):
+        if not self._queue.ahead(ops) and self.bounds.fit(self._level(), ops, nbytes, requests, 1):
             return True
         me = get_ident()
         if me in self.never_waits or (self._holder is not None and me == self._holder_thread):
             return True
-        if any(waiting.thread == me for waiting in self._posters):
+        if self._queue.holds(me):
             return True  # a signal handler while this very thread waits for room
         if running_loop() is not None:
             if self.bounds.fit(self._level(), ops, nbytes, requests, 2):
                 return True
-            raise self._overloaded("and this thread runs an event loop, which must not wait")
+            raise overloaded(self._level(), "and this thread runs an event loop, which must not wait")
         if self.bounds.on_full == "raise":
-            raise self._overloaded("and the job was opened with on_full='raise'")
+            raise overloaded(self._level(), "and the job was opened with on_full='raise'")
         return False
 
     def _level(self) -> Level:
-        return Level(self._ops, self._bytes, self._requests, self._in_flight)
-
-    def _overloaded(self, why: str) -> Overloaded:
-        waiting = f"{self._ops} operations, {self._bytes} bytes, {self._requests} requests waiting"
-        return Overloaded(f"the mailbox is full ({waiting}), {why}")
+        return Level(self._ops, self._bytes, self._requests, self._taken + self._ops)
 
     def _wait_for_room(self, poster: Poster) -> None:
         timeout = self.bounds.full_timeout
         try:
-            rung = poster.bell.acquire(timeout=-1 if timeout is None else timeout)
-        except BaseException:
-            self._leave(poster)
-            raise
-        if not rung and self._leave(poster):
-            raise self._overloaded(f"and there was no room within {timeout} s")
+            poster.bell.acquire(timeout=-1 if timeout is None else timeout)
+        finally:
+            with self._lock:
+                self._queue.leave(poster)
+                self._admit()
         if poster.refused is not None:
             raise poster.refused
-
-    def _leave(self, poster: Poster) -> bool:
-        """Stop waiting for room; return whether that came before being let in, or refused."""
-        with self._lock:
-            if poster not in self._posters:
-                return False
-            self._posters.remove(poster)
-            self._admit()
-            return True
+        if not poster.let_in:
+            raise overloaded(self._level(), f"and there was no room within {timeout} s")
 
     def _append(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
+        if requests:
+            places[2]._ticket = self._generation
         self._ops += ops
         self._bytes += nbytes
         self._requests += requests
@@ -367,30 +360,39 @@ class Mailbox:
         if self._asleep:
             self._ring()
 
+    def _take_line(self) -> Group:
+        if self._withdrawn:
+            self._clear_away()
+        group, self._messages = self._messages, []
+        self._generation += 1
+        self._taken += self._ops
+        self._ops = self._bytes = self._requests = 0
+        return group
+
+    def _clear_away(self) -> None:
+        """Take out the requests that were withdrawn: all at once, for each alone would walk through the line."""
+        line = self._messages
+        kept = [
+            at for at in range(0, len(line), 3) if line[at] is not None or getattr(line[at + 2], "_ticket", 0) != -1
+        ]
+        self._messages = [place for at in kept for place in line[at : at + 3]]
+        self._withdrawn = 0
+
     def _admit(self) -> None:
-        """Let those in who wait for room, in their order; reads don't wait behind writes, nor writes behind reads."""
-        stuck: set[bool] = set()
-        waiting, self._posters = self._posters, deque()
-        for poster in waiting:
-            kind = bool(poster.ops)
-            if kind in stuck or not self.bounds.fit(self._level(), poster.ops, poster.nbytes, poster.requests, 1):
-                stuck.add(kind)
-                self._posters.append(poster)
-            else:
-                self._append(poster.places, poster.ops, poster.nbytes, poster.requests)
-                poster.bell.release()
-        if self._refusal is None and self._attendant is None and not self._posters:
+        if self._queue:
+            self._queue.admit(
+                lambda poster: self.bounds.fit(self._level(), poster.ops, poster.nbytes, poster.requests, 1),
+                lambda poster: self._append(poster.places, poster.ops, poster.nbytes, poster.requests),
+            )
+        if self._refusal is None and self._attendant is None and not self._queue:
             self._open_ops = self.bounds.ops_max
 
-    def _refuse(self, refusal: Refusal) -> list[Reply[None]]:
+    def _refuse(self, refusal: Refusal) -> Reply[None] | None:
         self._refusal = refusal
         self._open_ops = 0
         self.get_in_place = self.read_in_place = self.write_in_place = None
-        for poster in self._posters:
-            poster.refused = refusal()
-            poster.bell.release()
-        self._posters.clear()
-        drained, self._draining = self._draining, []
+        self._queue.refuse(refusal)
+        drained, self._drained = self._drained, None
         return drained
 
     def _ring(self) -> None:

@@ -93,10 +93,12 @@ class Reply(Future[T]):
     _exception: BaseException | None = None
     _line: Line | None = None
     _reads = False
+    _ticket = -2  # the generation of the line it stands in; -1: withdrawn
     _unseen: Unseen | None = None
     _made_condition: threading.Condition | None = None
     _made_waiters: list[Any] = []  # noqa: RUF012  # replaced, never filled, before anybody can wait
     _loops: list[tuple[Any, Any]] | None = None
+    _bells: list[Any] | None = None
     _callbacks: list[Callable[[Any], object]] | None = None
     _followers: list[Reply[Any]] | None = None
 
@@ -191,10 +193,18 @@ class Reply(Future[T]):
                 "a request's result was asked for in the thread that has to answer it",
                 hint="In a callback take the reply it is given; inside run() use the transaction it is given.",
             )
-        condition = self._condition
-        with condition:
-            if not condition.wait_for(self.done, timeout):
-                raise TimeoutError(f"no answer within {timeout} s; the request goes on")
+        # A bare lock, not the condition: an interrupt can leave a `Condition` locked for ever, and the worker with it.
+        bell = threading.Lock()
+        bell.acquire()
+        with gate:
+            if self._state != PENDING:
+                return
+            self._bells = [*(self._bells or ()), bell]
+        if not bell.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
+            with gate:
+                if self._state == PENDING:
+                    self._bells = [other for other in self._bells or () if other is not bell]
+                    raise TimeoutError(f"no answer within {timeout} s; the request goes on")
 
     async def within(self, timeout: float | None) -> T:
         """Await the answer for at most `timeout` seconds, then raise `TimeoutError`; the request goes on."""
@@ -233,6 +243,7 @@ class Reply(Future[T]):
         return bool(
             self._loops
             or self._callbacks
+            or self._bells
             or self._made_condition is not None
             or any(follower._wanted() for follower in self._followers or ())
         )

@@ -24,14 +24,18 @@ def new_reply() -> Reply[Any]:
     return Reply.__new__(Reply)
 
 
-def ready(value: Any = None, error: BaseException | None = None) -> Reply[Any]:
-    """Return a reply that is settled already; nobody can be waiting for it, so nothing is locked."""
-    reply = new_reply()
+def fill(reply: Reply[Any], error: BaseException | None, value: Any = None) -> Reply[Any]:
+    """Settle a new reply nobody can be waiting for; so nothing is locked."""
     reply._result = value
     if error is not None:
         reply._exception = error
     reply._state = FINISHED
     return reply
+
+
+def ready(value: Any = None, error: BaseException | None = None) -> Reply[Any]:
+    """Return a reply that is settled already."""
+    return fill(new_reply(), error, value)
 
 
 def pending(line: Line, *, reads: bool) -> Reply[Any]:
@@ -84,6 +88,9 @@ def _settle(replies: Iterable[Reply[Any]], state: str) -> None:
         condition = reply._condition
         with condition:
             with gate:
+                for follower in reply._followers or ():  # those that came while the condition was waited for
+                    if follower._made_condition is None:
+                        _enter(follower, state, loops, called)
                 _enter(reply, state, loops, called)
             for waiter in reply._made_waiters:
                 (waiter.add_cancelled if state == CANCELLED else waiter.add_result)(reply)
@@ -112,6 +119,8 @@ def _enter(
         loops.setdefault(loop, []).append(future)
     called += ((reply, fn) for fn in reply._callbacks or ())
     reply._callbacks = None
+    for bell in reply._bells or ():
+        bell.release()
 
 
 def _wake(futures: list[Any]) -> None:

@@ -2,7 +2,7 @@
 
 Rules:
   1. accepted == committed + failed + pending, at every instant anybody looks.
-  2. The worker alone counts; everybody may look.
+  2. Whoever has the turn counts; everybody may look. What is accepted is counted apart from what became of it.
 
 Doesn't know: messages, the store.
 """
@@ -56,19 +56,25 @@ class Tally:
         self.commits += 1
         self._commit_seconds.append(seconds)
 
-    def statistics(self, pending: int, mailbox_bytes: int, wal_bytes: int) -> Statistics:
-        """Return the numbers as they are now."""
+    def percentiles(self) -> tuple[float, float]:
+        """Return the latest commits' p50 and p99 in milliseconds."""
         latest = sorted(self._commit_seconds.copy())
+        return _percentile(latest, 0.50), _percentile(latest, 0.99)
+
+    def statistics(
+        self, accepted: int, mailbox_bytes: int, wal_bytes: int, commit_ms: tuple[float, float]
+    ) -> Statistics:
+        """Return the numbers as they are now."""
         return Statistics(
             state=self.state,
-            accepted=self.committed + self.failed + pending,
+            accepted=accepted,
             committed=self.committed,
             failed=self.failed,
-            pending=pending,
+            pending=accepted - self.committed - self.failed,
             mailbox_bytes=mailbox_bytes,
             commits=self.commits,
-            commit_ms_p50=_percentile(latest, 0.50),
-            commit_ms_p99=_percentile(latest, 0.99),
+            commit_ms_p50=commit_ms[0],
+            commit_ms_p99=commit_ms[1],
             wal_bytes=wal_bytes,
         )
 

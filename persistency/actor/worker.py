@@ -30,7 +30,7 @@ from persistency.actor.accounts import Accounts, Answer, NameOps
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import pending, ready, settle_all
+from persistency.actor.settling import fill, new_reply, pending, ready, settle_all
 from persistency.actor.tally import Statistics, Tally
 from persistency.errors import Closed, Corrupt, Poisoned, StorageError
 from persistency.storage.port import (
@@ -96,6 +96,8 @@ class Worker:
         self._ended = False  # the store is closed
         self._discards = False
         self._hurry = threading.Event()
+        self._starting = threading.Lock()
+        self._begun = False  # the thread has
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -105,6 +107,11 @@ class Worker:
         try:
             thread.start()
         except BaseException as error:
+            with self._starting:
+                begun, self._over = self._begun, True
+            if begun:  # an interrupt, and the thread lives: whoever has called closes what it opens
+                self._over = False
+                raise
             self._not_opened(error)
 
     def start_unattended(self) -> None:
@@ -112,6 +119,7 @@ class Worker:
         if self._open():
             self._over = True
             self._mailbox.unattend(self._serve_late)
+            self._serve_late()  # what a second opener has posted since `opened` was settled
 
     def close(self, *, drain: bool = True) -> Reply[None]:
         """Refuse further posts, run what waits (or fail it with `Closed`), close the store; `closed` tells."""
@@ -138,14 +146,28 @@ class Worker:
         """Return the numbers of this instant."""
         store = self._store
         wal_bytes = 0 if store is None else store.status().wal_bytes
+        commit_ms = self._tally.percentiles()
         now: Statistics = self._mailbox.look_at_level(
-            lambda level: self._tally.statistics(level.ops + level.in_flight, level.nbytes, wal_bytes)
+            lambda level: self._tally.statistics(level.accepted, level.nbytes, wal_bytes, commit_ms)
         )
         return now
 
     def _run(self) -> None:
-        self._mailbox.worker_thread = get_ident()
-        self._mailbox.never_waits.add(get_ident())
+        me = get_ident()
+        with self._starting:
+            if self._over:  # whoever has started this thread was interrupted, and has given up
+                return
+            self._begun = True
+        self._mailbox.worker_thread = me
+        self._mailbox.never_waits.add(me)
+        try:
+            self._live()
+        finally:
+            # The system gives a thread's number to another one later.
+            self._mailbox.worker_thread = None
+            self._mailbox.never_waits.discard(me)
+
+    def _live(self) -> None:
         if not self._open():
             return
         while not self._over:
@@ -173,7 +195,8 @@ class Worker:
     def _not_opened(self, error: BaseException) -> None:
         self._over = self._ended = True
         self._mailbox.shut(lambda: Closed(f"job {self._job_id!r} could not be opened"))
-        settle_all([(self.opened, None, error), (self.closed, None, None)])
+        answers: list[Answer] = [(self.opened, None, error), (self.closed, None, None)]
+        settle_all(answers if self._retired is None else [*answers, (self._retired, None, None)])
 
     # -- one turn ------------------------------------------------------------------------------------------------
 
@@ -187,14 +210,16 @@ class Worker:
         token = object()
         answers: list[Answer] = []
         group: Group | None = None
+        again = False
         try:
             group = self._mailbox.take(token, patience=patience)
             if group is None:
                 return
+            again = bool(group)
             if group:
                 answers = self._decide(group)
                 group = []
-            if self._mailbox.ended:
+            if self._mailbox.ended and not again:
                 answers += self._end()
             elif self._retired is not None and not self._retired.done():
                 answers += self._retire()
@@ -205,6 +230,10 @@ class Worker:
             self._mailbox.give_back(token)
         settle_all(answers)
         self._look_after()
+        if again and self._mailbox.ended:
+            # Only now, with the last answers given: what nobody looked at is still to be raised by the closing.
+            del answers
+            self.serve(patience=patience)
 
     def _decide(self, group: Group) -> list[Answer]:
         if self._discards:
@@ -256,26 +285,35 @@ class Worker:
     def _write_in_place(self, message: Any, ops: int) -> Reply[Any]:
         """Run one write request for a caller that holds the turn. Raises `StorageError` if nothing was applied."""
         assert self._store is not None
-        begun = perf_counter()
+        begun, before = perf_counter(), self._store.status().last_version
         try:
             outcome = self._store.apply([None, message, None], self._now_ms())[0]
         except OutcomeUnknown as error:
             reply: Reply[Any] = pending(self._mailbox, reads=False)
+            self._mailbox.decided(lambda: None, taken=ops)
             settle_all(self._poison(error.__cause__ or error, "unknown", [None, message, reply]))
             return reply
+        except StorageError:
+            raise
+        except BaseException:
+            # An interrupt: whether the message was committed before it came, its version tells.
+            done = self._store.status().last_version - before
+            self._accounts.count(done, 0, in_place=True)
+            raise
         if type(outcome) is Failed:
-            self._accounts.count(0, ops)
+            self._accounts.count(0, ops, in_place=True)
             reply = ready(error=outcome.error)
             self._accounts.watch(reply, message, outcome.error, "not applied")
             return reply
         if ops:
             self._tally.commit(perf_counter() - begun)
-            self._accounts.count(ops, 0)
+            self._accounts.count(ops, 0, in_place=True)
             if self._checkpointing is not None and self._checkpointing.checkpoint_due(idle=True):
                 # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
                 settle_all(self._checkpoint(self._checkpointing))
         if type(message) is Barrier:
-            return ready(error=self._failures.take())
+            reply = new_reply()
+            return fill(reply, self._accounts.flushed(reply))
         return ready(outcome)
 
     # -- between turns -------------------------------------------------------------------------------------------
@@ -283,7 +321,7 @@ class Worker:
     def _look_after(self) -> None:
         """Checkpoint, if it is time: in a turn of its own, because nobody's answer should wait for it."""
         store = self._checkpointing
-        if store is None or not store.checkpoint_due(idle=self._mailbox.empty):
+        if store is None or not store.checkpoint_due(idle=not len(self._mailbox)):
             return
         token = object()
         try:
@@ -319,7 +357,7 @@ class Worker:
         error: BaseException | None = None
         if self._store is not None:
             try:
-                self._store.close()
+                self._store.close(tidy=self._tally.state != "poisoned")
             except Exception as failure:
                 log.exception("job %r: the store couldn't be closed in order", self._job_id)
                 error = failure
@@ -335,7 +373,7 @@ class Worker:
         self._mailbox.unattend(self._serve_late)
         rest = self._mailbox.take_more()
         answers = self._decide(rest) if rest else []
-        if self._checkpointing is not None:
+        if self._checkpointing is not None and self._tally.state != "poisoned":
             self._checkpointing.settle()
         self._over = True
         return [*answers, (self._retired, None, None)]

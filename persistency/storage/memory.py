@@ -3,7 +3,7 @@
 Rules:
   1. Same answers as any other adapter, to the byte; that is what the conformance suite and the mirror test hold.
   2. Keys are sorted when somebody scans, not when somebody writes: a put is a dict assignment.
-  3. A batch is decided before its first write, so nothing ever has to be undone.
+  3. A batch is decided before its first write; only an interrupt in the middle of a group makes it undo anything.
 
 Doesn't know: files, SQL, threads, futures, clocks.
 """
@@ -59,6 +59,13 @@ class _Category:
             self._fresh.append(key)
         self.rows[key] = row
 
+    def restore(self, key: bytes, row: _Row | None) -> None:
+        """Put back what was there, `None` for nothing; the keys are sorted anew when somebody scans."""
+        self.rows.pop(key, None)
+        if row is not None:
+            self.rows[key] = row
+        self._sorted, self._fresh = [], list(self.rows)
+
     def remove(self, keys: list[bytes]) -> None:
         self.keys()
         for key in keys:
@@ -98,6 +105,7 @@ class MemoryStore:
         self._categories: dict[bytes, _Category] = {}
         self._version = 0
         self._now_ms = 0
+        self._undo: list[tuple[bytes, bytes, _Row | None]] = []  # what the group in hand has changed
         self._answers: dict[type, Callable[[Any], Any]] = {
             Batch: self._batch,
             Expect: self._expect,
@@ -117,7 +125,14 @@ class MemoryStore:
     def apply(self, group: Group, now_ms: int) -> list[Any]:
         """Run a group; see the port."""
         self._now_ms = now_ms
-        return list(self._each(group))
+        before, self._undo = self._version, []
+        try:
+            return list(self._each(group))
+        except BaseException:  # an interrupt, or no memory: then nothing of the group was applied
+            for category, key, row in reversed(self._undo):
+                self._categories[category].restore(key, row)
+            self._version = before
+            raise
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return the payload of a live row, or `None`."""
@@ -138,7 +153,7 @@ class MemoryStore:
         """Return the numbers; there is no log."""
         return Status(self._version, 0)
 
-    def close(self) -> None:
+    def close(self, *, tidy: bool = True) -> None:  # noqa: ARG002  # there is nothing to tidy up
         """Forget everything."""
         self._categories.clear()
 
@@ -156,6 +171,7 @@ class MemoryStore:
         rows = self._categories.get(category)
         if rows is None:
             rows = self._categories[category] = _Category()
+        self._undo.append((category, bytes(key), rows.rows.get(key)))
         rows.put(bytes(key), (payload, self._version, None))
 
     def _batch(self, batch: Batch) -> int | Failed:
@@ -183,6 +199,7 @@ class MemoryStore:
         if rows is None or message.key not in rows.rows:
             return False
         live = _live(rows.rows[message.key], self._now_ms)
+        self._undo.append((message.category, message.key, rows.rows[message.key]))
         rows.remove([message.key])
         return live
 
@@ -193,6 +210,7 @@ class MemoryStore:
             return 0
         doomed = rows.span(message.start, message.stop)
         live = sum(_live(rows.rows[key], self._now_ms) for key in doomed)
+        self._undo += ((message.category, key, rows.rows[key]) for key in doomed)
         rows.remove(doomed)
         return live
 

@@ -213,8 +213,8 @@ class Store(Protocol):
     def status(self) -> Status:
         """Return the numbers; any thread may ask."""
 
-    def close(self) -> None:
-        """Give up everything that is held. Nothing is called afterwards."""
+    def close(self, *, tidy: bool = True) -> None:
+        """Give up everything that is held; nothing is called afterwards. Not `tidy`: without writing anything more."""
 
 
 @runtime_checkable
@@ -222,7 +222,7 @@ class Checkpointing(Protocol):
     """A store whose log wants to be carried over into its file now and then, between groups."""
 
     def checkpoint_due(self, *, idle: bool) -> bool:
-        """Say whether `checkpoint` should be called now; `idle`: nobody is waiting."""
+        """Say whether `checkpoint` should be called now; `idle`: nobody is waiting. Any thread may ask."""
 
     def checkpoint(self) -> None:
         """Carry the log over."""

@@ -170,10 +170,14 @@ class SqliteStore:
             # Nothing is lost: what was committed is in the log, and the next opening finds it there.
             log.warning("a job's file couldn't be tidied up at close: %s", error)
 
-    def close(self) -> None:
-        """Close the file in order and give up its ownership, whatever happens."""
+    def close(self, *, tidy: bool = True) -> None:
+        """Close the file, if `tidy` in order, and give up its ownership, whatever happens."""
         try:
-            self.settle()
+            if tidy:
+                self.settle()
+            else:
+                with contextlib.suppress(apsw.Error):
+                    self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             schema.close(self._connection)
         finally:
             self._release()

@@ -41,10 +41,10 @@ class HeldStore(MemoryStore):
             raise self.errors.pop(0)
         return super().apply(group, now_ms)
 
-    def close(self) -> None:
+    def close(self, *, tidy: bool = True) -> None:
         """Count the closings."""
         self.closed += 1
-        super().close()
+        super().close(tidy=tidy)
 
 
 class Actor:

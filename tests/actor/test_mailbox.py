@@ -36,7 +36,7 @@ def in_thread(fn: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 def wait_until_waiting(mailbox: Mailbox, count: int) -> None:
     """Spin until so many threads wait for room; it is a state nobody can announce from within."""
-    while len(mailbox._posters) < count:
+    while len(mailbox._queue) < count:
         pass
 
 
@@ -292,7 +292,7 @@ def test_an_interrupted_wait_for_room_leaves_nothing_behind() -> None:
         in_thread(interrupt)
         with pytest.raises(KeyboardInterrupt):
             actor.put(b"2")
-        assert not actor.mailbox._posters
+        assert not actor.mailbox._queue
         actor.let_go()
         actor.put(b"3")
         actor.mailbox.write(Barrier(), 0, 0, free=True).result(WAIT)
@@ -362,3 +362,76 @@ def test_a_thousand_random_schedules_keep_every_writers_order() -> None:
                     assert int(number) == seen.get(name, -1) + 1, f"seed {seed}"
                     seen[name] = int(number)
         assert sorted(seen.values()) == [399] * 6, f"seed {seed}"
+
+
+def test_a_drain_is_settled_when_cancelled_reads_lower_the_level() -> None:
+    """Promise 7: drain() is answered by whatever brings the line below its low-water mark."""
+    with Actor(requests_max=4) as actor:
+        actor.hold()
+        reads = [actor.mailbox.get(b"c", b"%d" % number) for number in range(4)]
+        drained = actor.mailbox.drain()
+        assert not drained.done()
+        assert all(read.cancel() for read in reads)
+        assert drained.result(WAIT) is None
+
+
+def test_callbacks_of_drain_do_not_run_under_the_mailbox_s_lock() -> None:
+    """A callback may wait for a thread that posts: nothing of ours is held while callbacks run."""
+    with Actor(ops_max=4) as actor:
+        actor.hold()
+        for number in range(4):
+            actor.put(b"%d" % number)
+        posted = threading.Event()
+        waited: list[bool] = []
+
+        def callback(_reply: object) -> None:
+            in_thread(lambda: (actor.put(b"beside"), posted.set()))
+            waited.append(posted.wait(WAIT))
+
+        actor.mailbox.drain().add_done_callback(callback)
+        actor.let_go()
+        actor.mailbox.ask(LastVersion(), reads=True).result(WAIT)
+        assert waited == [True]
+
+
+def test_an_interrupt_while_others_are_let_in_forgets_nobody() -> None:
+    """Promise 3: whoever waits for room is let in, or told; an exception in between loses no post."""
+    with Actor(ops_max=1) as actor:
+        actor.hold()
+        actor.put(b"0")
+        outcomes = []
+        for number in range(1, 4):
+            outcomes.append(in_thread(lambda number=number: actor.put(b"%d" % number)))
+            wait_until_waiting(actor.mailbox, number)
+        original = actor.mailbox._level
+
+        def interrupted() -> Any:
+            raise KeyboardInterrupt
+
+        actor.mailbox._level = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            actor.mailbox._admit()
+        actor.mailbox._level = original  # type: ignore[method-assign]
+        actor.let_go()
+        for thread, outcome in outcomes:
+            thread.join(WAIT)
+            assert outcome == [None]
+        actor.mailbox.write(Barrier(), 0, 0, free=True).result(WAIT)
+        assert actor.worker.statistics().committed == 5
+
+
+def test_thousands_of_cancelled_reads_are_cleared_away_at_once() -> None:
+    """Promise 8: cancelling is cheap however long the line is, and what was cancelled takes no memory for long."""
+    with Actor() as actor:
+        actor.hold()
+        for number in range(1000):
+            actor.put(b"%d" % number)
+        reads = [actor.mailbox.get(b"c", b"%d" % number) for number in range(8000)]
+        kept = reads.pop(4000)
+        assert all(read.cancel() for read in reads)
+        assert len(actor.mailbox._messages) < 3 * 4000
+        assert not reads[0].map(str).done() or reads[0].cancelled()
+        actor.let_go()
+        assert kept.result(WAIT) is None
+        asked = sum(group[at] is None for group in actor.store.groups for at in range(0, len(group), 3))
+        assert asked == 1

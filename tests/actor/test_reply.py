@@ -444,3 +444,21 @@ def test_the_running_loop_is_found_without_importing_asyncio() -> None:
 
     assert asyncio.run(main())
     assert new_reply().done() is False
+
+
+def test_a_reply_mapped_while_its_source_is_settled_is_settled_too() -> None:
+    """Promise 7: `map` at the very moment of settling gives a reply that `wait` and callbacks see settled."""
+    source = asked()
+    condition = source._condition  # as `concurrent.futures.wait` holds it
+    seen: list[Any] = []
+    with condition:
+        thread = threading.Thread(target=settle_all, args=([(source, 4, None)],))
+        thread.start()
+        while source._result is None:
+            pass
+        mapped = source.map(lambda value: value + 1)
+        mapped.add_done_callback(seen.append)
+    thread.join(WAIT)
+    assert concurrent.futures.wait([mapped], WAIT).not_done == set()
+    assert seen == [mapped]
+    assert mapped.result() == 5

@@ -475,3 +475,89 @@ def test_an_idle_worker_sleeps() -> None:
         before = time.process_time()
         threading.Event().wait(0.2)
         assert time.process_time() - before < 0.05
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_flush_nobody_looked_at_leaves_its_failures_to_the_next(in_place: bool) -> None:
+    """Promise 3: exactly one flush or close raises; a flush whose reply was dropped unseen has raised nothing."""
+    actor = Actor()
+    actor.hold()
+    actor.mailbox.tell(failing_batch(), 2, 3)
+    if in_place:
+        actor.let_go()
+        actor.mailbox.ask(GetRow(b"c", b"k"), reads=True).result(WAIT)
+    actor.mailbox.write(Barrier(), 0, 0, free=True)  # dropped
+    closed = actor.worker.close()
+    actor.let_go()
+    with pytest.raises(WriteFailed) as caught:
+        closed.result(WAIT)
+    assert len(caught.value.failures) == 2
+
+
+def test_a_failed_opening_settles_who_waits_for_the_exit() -> None:
+    """Promise 7: a job that can't be opened while the interpreter exits holds nobody up."""
+    opening, go_on = threading.Event(), threading.Event()
+
+    def broken() -> HeldStore:
+        opening.set()
+        assert go_on.wait(WAIT)
+        raise Corrupt("not ours", 26)
+
+    actor = Actor(open_store=broken, start=False)
+    actor.worker.start()
+    assert opening.wait(WAIT)
+    retired = actor.worker.retire()
+    go_on.set()
+    assert retired.result(WAIT) is None
+
+
+def test_an_interrupt_after_the_commit_is_counted_as_committed() -> None:
+    """Promise 3: a KeyboardInterrupt between a commit in place and its answer doesn't lose the count."""
+    with Actor() as actor:
+        original = actor.store.apply
+
+        def interrupted(group: list[Any], now_ms: int) -> list[Any]:
+            original(group, now_ms)
+            raise KeyboardInterrupt
+
+        actor.store.apply = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            actor.mailbox.write(Batch([b"c", b"k", b"v"], 1, False), 1, 2)
+        actor.store.apply = original  # type: ignore[method-assign]
+        numbers = actor.worker.statistics()
+        assert (numbers.accepted, numbers.committed, numbers.pending) == (1, 1, 0)
+
+
+def test_a_reader_that_never_pauses_does_not_hold_the_exit_up() -> None:
+    """Promise 6: retiring gets the turn beside a thread that reads in place without end."""
+    actor = Actor()
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            actor.mailbox.get(b"c", b"k").result(WAIT)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert actor.worker.retire().result(WAIT) is None
+    finally:
+        stop.set()
+        reader.join(WAIT)
+    actor.worker.close().result(WAIT)
+
+
+def test_the_memory_store_undoes_an_interrupted_group() -> None:
+    """Promise 2: an exception in the middle of a group leaves nothing of it, in memory too."""
+    store = HeldStore()
+    store.apply([b"c", b"1", b"a", b"c", b"2", b"b"], 0)
+
+    class Poison(bytes):
+        def __hash__(self) -> int:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.apply([b"c", b"1", b"new", None, DropRow(b"c", b"2"), None, b"c", b"3", b"new", b"c", Poison(), b""], 0)
+    assert [store.get(b"c", key, 0) for key in (b"1", b"2", b"3")] == [b"a", b"b", None]
+    assert store.status().last_version == 2
+    assert store.apply([None, Batch([b"c", b"4", b""], 1, False), None], 0) == [3]
