@@ -121,7 +121,7 @@ def as_keys(values: Iterable[Key | tuple[Any, ...]]) -> tuple[Key, ...]:
     """Return several keys, each once, in the order asked."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise Misuse(f"keys must be a list (or another iterable) of keys, not {type(values).__name__}: pass [key, ...]")
-    return tuple(dict.fromkeys(as_key(value, "keys") for value in values))
+    return tuple(dict.fromkeys(as_key(value, "each of keys") for value in values))
 
 
 def as_count(value: Any, argument: str, least: int) -> int:
@@ -129,7 +129,7 @@ def as_count(value: Any, argument: str, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise Misuse(f"{argument} must be an int, not {type(value).__name__}: pass {least} or more")
     if value < least:
-        raise Misuse(f"{argument} must be at least {least}, not {value}")
+        raise Misuse(f"{argument} must be at least {least}, not {value}: pass {least} or more")
     return min(int(value), 2**62)  # more than there can be of anything, and still a number for every engine
 
 
@@ -141,7 +141,7 @@ def as_limit(value: Any, argument: str = "limit") -> int | None:
 def as_flag(value: Any, argument: str) -> bool:
     """Return a truth value; only a bool is one."""
     if not isinstance(value, bool):
-        raise Misuse(f"{argument} must be True or False, not {value!r}")
+        raise Misuse(f"{argument} must be a bool, not {type(value).__name__} ({value!r:.40}): pass True or False")
     return value
 
 

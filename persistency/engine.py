@@ -17,6 +17,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import fields
 from os import PathLike, fspath
 from pathlib import Path
 from time import monotonic
@@ -28,7 +29,7 @@ from persistency.actor.reply import Reply
 from persistency.arguments import as_seconds
 from persistency.errors import Closed, Failure, JobNotFound, Misuse, WriteFailed
 from persistency.job import Job
-from persistency.options import DEFAULT, Default, OnError, checked
+from persistency.options import DEFAULT, Default, JobOptions, OnError, checked
 from persistency.registry import Site
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.files import real_root
@@ -93,6 +94,7 @@ class Persistency:
         self._site, self._path = _site(root)
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
+        self._options: dict[str, Any] = {}  # what `instance` was first called with
         self._closed = False
 
     # -- the singleton -------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ class Persistency:
     def instance(cls, root: str | PathLike[str] | None = None, **options: Any) -> Persistency:
         """Return the process-wide `Persistency`, made by the first call that names a root.
 
-        Raises `Misuse` for another root, or for options once it is made, and `Closed` if there is none and none named.
+        Raises `Misuse` for another root or other options than its own, and `Closed` if there is none and none named.
         """
         with cls._instance_lock:
             found = cls._instance
@@ -109,10 +111,13 @@ class Persistency:
                 if root is None:
                     raise Closed("there is no instance yet", hint="Make it with Persistency.instance(root).")
                 found = cls._instance = cls(root, **options)
+                found._options = options
             elif root is not None and (_site(root)[1] != found._path or (found._path is None and root != MEMORY)):
                 raise Misuse(f"root {root!r} isn't the instance's, {found.root!r}: leave it out, or call reset() first")
-            elif options:
-                raise Misuse(f"{', '.join(options)} given, but the instance is made already: call reset() first")
+            else:
+                different = [name for name in options if found._options.get(name, DEFAULT) != options[name]]
+                if different:
+                    raise Misuse(f"the instance was made with another {', '.join(different)}: call reset() first")
             return found
 
     @classmethod
@@ -380,7 +385,4 @@ def _forgetter(owner: weakref.ref[Persistency]) -> Callable[[Job], None]:
     return forget
 
 
-_OPTION_NAMES = {
-    "durability", "mailbox_ops_max", "mailbox_bytes_max", "requests_max", "on_full", "full_timeout", "stall_timeout",
-    "inline", "on_error",
-}  # fmt: skip
+_OPTION_NAMES = {field.name for field in fields(JobOptions)}

@@ -133,8 +133,18 @@ class WriteFailed(PersistencyError):
 
     def __str__(self) -> str:
         count = len(self.failures) + self.omitted
-        first = f"; the first: {self.failures[0].op!r}: {self.failures[0].error}" if self.failures else ""
+        first = f"; the first: {shown(self.failures[0].op)}: {self.failures[0].error}" if self.failures else ""
         return f"{count} posted write{'s' if count != 1 else ''} failed{first}"
+
+
+def shown(op: Any) -> str:
+    """Return an operation in a few words: a payload may have megabytes, and be nobody else's business."""
+    parts = [
+        type(op).__name__,
+        *(repr(getattr(op, name)) for name in ("category", "key", "prefix") if hasattr(op, name)),
+    ]
+    payload = getattr(op, "payload", None)
+    return " ".join(parts)[:400] + ("" if payload is None else f" ({len(payload)} bytes)")
 
 
 class Poisoned(PersistencyError):

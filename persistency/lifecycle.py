@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -122,4 +123,13 @@ def _keep_for_ever(charges: list[_Charge]) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(charge.worker))
 
 
+def _in_child() -> None:
+    """In a forked child: the parent's workers aren't here, and its jobs are none of the child's business."""
+    global _lock  # noqa: PLW0603  # another thread of the parent may have held it
+    _lock = threading.RLock()
+    _charges.clear()
+
+
 atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from persistency.errors import Failure, WriteFailed
+from persistency.errors import Failure, WriteFailed, shown
 
 log = logging.getLogger("persistency")
 
@@ -67,8 +67,8 @@ class FailureLog:
         """Report failures to the log and `on_error` alone: those of requests whose reply nobody looked at."""
         first = failures[0]
         log.error(
-            "job %r: %d operation(s) failed (%s), the first: %.200r: %s",
-            self._job_id, len(failures), first.outcome, first.op, first.error,
+            "job %r: %d operation(s) failed (%s), the first: %s: %s",
+            self._job_id, len(failures), first.outcome, shown(first.op), first.error,
         )  # fmt: skip
         if self._on_error is None:
             return

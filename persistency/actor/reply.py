@@ -153,6 +153,8 @@ class Reply(Future[T]):
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call `fn(reply)` when the reply is settled: at once if it is, else in the thread that settles it."""
+        if not callable(fn):
+            raise Misuse(f"fn must be callable, not {type(fn).__name__}: pass a function of the reply")
         with gate:
             if self._state == PENDING:
                 self._callbacks = [*(self._callbacks or ()), fn]
@@ -161,6 +163,8 @@ class Reply(Future[T]):
 
     def map(self, fn: Callable[[T], U]) -> Reply[U]:
         """Return a reply of `fn(answer)`; `fn` runs once, in the thread that takes the result."""
+        if not callable(fn):
+            raise Misuse(f"fn must be callable, not {type(fn).__name__}: pass a function of the answer")
         return _Mapped(self, fn)
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -186,8 +190,10 @@ class Reply(Future[T]):
         return self._made_waiters
 
     def _wait(self, timeout: float | None) -> None:
-        if timeout is not None and not isinstance(timeout, int | float):
-            raise Misuse(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
+        if timeout is not None and (not isinstance(timeout, int | float) or isinstance(timeout, bool)):
+            raise Misuse(f"timeout must be a number, not {type(timeout).__name__}: pass seconds, or None")
+        if timeout is not None and not timeout >= 0:
+            raise Misuse(f"timeout must be 0 or more seconds, not {timeout!r}")
         if self._line is not None and self._line.waits_for_itself():
             raise Misuse(
                 "a request's result was asked for in the thread that has to answer it",

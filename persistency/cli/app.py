@@ -31,7 +31,18 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 
-Root = Annotated[Path, typer.Argument(metavar="ROOT", help="The directory of the jobs.", show_default=False)]
+
+def _directory(text: str) -> str:
+    """Refuse what names no directory; the engine refuses the rest, with its own words."""
+    if text in ("", ":memory:"):
+        raise typer.BadParameter("pass a directory: what is kept in memory ends with this command")
+    return text
+
+
+Root = Annotated[
+    str,
+    typer.Argument(metavar="ROOT", help="The directory of the jobs.", show_default=False, callback=_directory),
+]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", show_default=False)]
 Category = Annotated[str, typer.Option("--category", "-c", metavar="NAME", help="The category.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
@@ -221,13 +232,15 @@ def _kept_or_temporary(root: Path | None) -> Iterator[str]:
 
 
 @contextmanager
-def _existing(root: Path, job_id: str) -> Iterator[Job]:
+def _existing(root: str, job_id: str) -> Iterator[Job]:
     """Open a job that is there; opening any other would make it."""
     with Persistency(root) as persistency:
         ids = [stored.job_id for stored in persistency.stored_jobs()]
         if job_id not in ids:
             has = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
-            raise Fault(f"no job {job_id!r} in {root}", f"It has: {has}." if ids else "There are no jobs in it.")
+            raise Fault(
+                f"no job {job_id!r} in {root}", f"It has: {has}." if ids else "There are no jobs in it, if it is there."
+            )
         with persistency.open_job(job_id) as job:
             yield job
 

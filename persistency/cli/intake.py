@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from time import monotonic
 
 from persistency import Job, Misuse, Persistency
@@ -35,7 +34,7 @@ class Intake:
     seconds: float = 0.0
 
 
-def take_in(root: Path, job_id: str, category: str, file: RecordFile, advance: Callable[[int], None]) -> Intake:
+def take_in(root: str, job_id: str, category: str, file: RecordFile, advance: Callable[[int], None]) -> Intake:
     """Put every record of a file into a job, which is made if it isn't there.
 
     Raises `Fault` for a record that is no good, `PersistencyError` for what the job refuses, `KeyboardInterrupt` with

@@ -22,7 +22,7 @@ from persistency import Persistency, Row, key
 from persistency.codec.values import encode
 
 CATEGORY = "records"
-FLUSH_EVERY = 20_000
+FLUSH_EVERY = 40_000
 TELL_EVERY = 1_000
 COUNTER_BYTES = 8
 

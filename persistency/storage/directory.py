@@ -94,7 +94,10 @@ class DirectoryRoot:
         return sorted(jobs)
 
     def drop(self, job_id: str) -> list[Path]:
-        """Delete a job's files; return those removed. Raises `JobLocked` if another process owns it."""
+        """Delete a job's files; return those removed.
+
+        Raises `JobLocked` if another process owns it, `Corrupt` or `Unavailable` for what is not this job's.
+        """
         path = self.path(job_id)
         there = any(os.path.lexists(file) for file in (path, *files.sidecars(path)))
         # A lock file alone is what a drop that failed half way has left.
@@ -104,6 +107,9 @@ class DirectoryRoot:
         try:
             if not there:
                 self._adopt(job_id, path)  # else it would be taken for the job at the next opening
+            for file in (path, *files.sidecars(path)):
+                files.check_regular(file)
+            schema.check_ours(path, job_id, self._vfs)
             return files.remove(path)
         finally:
             claim.release()

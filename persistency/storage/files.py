@@ -198,7 +198,8 @@ class Claim:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise Unavailable(f"can't lock {str(self.path)!r}: {error}") from error
                 name = f"process {owner}" if owner else "another process"
-                raise JobLocked(f"the job of {str(self.path)!r} is owned by {name}", owner) from None
+                job_id = job_id_of(self.path.with_suffix(".db").name)
+                raise JobLocked(f"job {job_id!r} is owned by {name} (its lock: {str(self.path)!r})", owner) from None
             os.close(handle)
 
     def _still_named(self, handle: int) -> bool:

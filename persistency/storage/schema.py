@@ -160,6 +160,27 @@ def _look_first(path: Path, vfs: str | None) -> None:
         close(connection)
 
 
+def check_ours(path: Path, job_id: str, vfs: str | None = None) -> None:
+    """Refuse a file that is plainly not this job's, for who is about to delete it; a damaged one of ours passes."""
+    if not size(path):
+        return
+    connection = apsw.Connection(
+        path.absolute().as_uri() + "?immutable=1",
+        flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_NOFOLLOW,
+        vfs=vfs or _VFS,
+    )
+    try:
+        _defend(connection)
+        if _recognise(connection, path) == FORMAT:
+            check_job_id(connection, job_id, path, write=False)
+    except apsw.NotADBError as error:
+        raise translated(error, f"{str(path)!r} isn't a job's file") from error
+    except (apsw.Error, UnicodeDecodeError):
+        pass  # a SQLite file that can't be read: nobody else's, as far as anyone can tell
+    finally:
+        close(connection)
+
+
 def own_log(connection: apsw.Connection) -> None:
     """From now on closing the connection carries the log over and clears it away: it is known to be ours."""
     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
@@ -270,11 +291,11 @@ def is_format_1(path: Path, vfs: str | None = None) -> bool:
     return True
 
 
-def check_job_id(connection: apsw.Connection, job_id: str, path: Path) -> None:
-    """Hold the id in the file against the one asked for; write it into a new file."""
+def check_job_id(connection: apsw.Connection, job_id: str, path: Path, *, write: bool = True) -> None:
+    """Hold the id in the file against the one asked for; `write` it into a new file."""
     try:
         stored = connection.execute("SELECT value FROM meta WHERE name = 'job_id'").fetchone()
-        if stored is None:
+        if stored is None and write:
             connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, f"can't read the job id in {str(path)!r}") from error

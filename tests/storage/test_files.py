@@ -557,17 +557,46 @@ def test_drop_in_a_root_that_does_not_exist(root: DirectoryRoot) -> None:
     assert not root.directory.exists()
 
 
-def test_drop_removes_a_link_and_not_what_it_names(root: DirectoryRoot) -> None:
-    """A link in a job's place is removed itself; its target stays."""
+def test_drop_refuses_what_is_not_a_file(root: DirectoryRoot) -> None:
+    """Promise 11: a link in a job's place isn't deleted, nor what it names."""
     root.directory.mkdir()
     target = root.directory.parent / "precious"
     target.write_text("x")
     (root.directory / "alpha.db").symlink_to(target)
-    (root.directory / "beta.db").symlink_to(target.with_name("nowhere"))
-    assert root.directory / "alpha.db" in root.drop("alpha")
-    assert root.directory / "beta.db" in root.drop("beta")
+    with pytest.raises(Unavailable, match="is a link"):
+        root.drop("alpha")
     assert target.read_text() == "x"
-    assert list(root.directory.iterdir()) == []
+    assert (root.directory / "alpha.db").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["text", "another program's database", "another job's"])
+def test_drop_refuses_what_is_not_ours(kind: str, root: DirectoryRoot) -> None:
+    """Promise 11: a file that isn't this job's stays when the job is dropped."""
+    path = root.path("alpha")
+    if kind == "another job's":
+        root.open("beta", StoreOptions()).close()
+        root.path("beta").rename(path)
+    else:
+        root.directory.mkdir()
+        if kind == "text":
+            path.write_text("not a database at all, but a text somebody has kept here\n" * 100)
+        else:
+            connection = sqlite3.connect(path)
+            connection.execute("CREATE TABLE bookmarks (url TEXT)")
+            connection.close()
+    before = path.read_bytes()
+    with pytest.raises(Corrupt):
+        root.drop("alpha")
+    assert path.read_bytes() == before
+
+
+def test_drop_takes_a_damaged_file_of_ours(root: DirectoryRoot) -> None:
+    """A job that can't be read any more can still be dropped."""
+    root.open("alpha", StoreOptions()).close()
+    path = root.path("alpha")
+    path.write_bytes(path.read_bytes()[:100] + b"\xff" * (path.stat().st_size - 100))
+    assert path in root.drop("alpha")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])
