@@ -36,7 +36,7 @@ from persistency.storage.port import (
     Status,
     StoreOptions,
 )
-from persistency.storage.table import Table
+from persistency.storage.table import POINT, Table
 
 log = logging.getLogger("persistency.storage")
 
@@ -115,9 +115,14 @@ class SqliteStore:
         try:
             if not self._connection.in_transaction:
                 self._execute("BEGIN")
-            return self._table.get(category, key, now_ms)
+            # As `Table.get` does; a call would be a twentieth of the whole read.
+            row = self._execute(POINT, (category, key)).fetchone()
         except apsw.Error as error:
             raise self._read_failed(error) from error
+        if row is None or (row[1] is not None and row[1] <= now_ms):
+            return None
+        payload: bytes = row[0]
+        return payload
 
     def scan(self, span: ScanRange, now_ms: int) -> list[tuple[bytes, bytes]]:
         """Return the live rows of a range."""

@@ -61,7 +61,7 @@ _PLACE = "unicode(CAST(substr(value, 1, 4) AS TEXT)) - 65535"
 _SORTED = _INSERT + _ROWS.format(at=5, length=_LENGTH.format(at=5), version=f"?2 + {_PLACE}") + " WHERE true" + _UPSERT
 
 # A column's type is only a wish: another tool, or a damaged file, may have put text or a number there.
-_POINT = "SELECT CAST(payload AS BLOB), CAST(expires_ms AS INTEGER) FROM kv WHERE category = ? AND key = ?"
+POINT = "SELECT CAST(payload AS BLOB), CAST(expires_ms AS INTEGER) FROM kv WHERE category = ? AND key = ?"
 _ENTRY = (
     "SELECT key, CAST(payload AS BLOB), CAST(version AS INTEGER), CAST(expires_ms AS INTEGER)"
     " FROM kv WHERE category = ? AND key = ?"
@@ -155,7 +155,7 @@ class Table:
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return a live row's payload, or `None`."""
-        row = self.execute(_POINT, (category, key)).fetchone()
+        row = self.execute(POINT, (category, key)).fetchone()
         if row is None or (row[1] is not None and row[1] <= now_ms):
             return None
         payload: bytes = row[0]
