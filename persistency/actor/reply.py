@@ -125,10 +125,10 @@ class Reply(Future[T]):
         """
         if self._state == PENDING:
             self._wait(timeout)
-        if self._exception is None and self._state is FINISHED:
-            return self._result  # type: ignore[no-any-return]  # Any, by construction a T
         if self._state == CANCELLED:
             raise CancelledError
+        if self._exception is None:
+            return self._result  # type: ignore[no-any-return]  # Any, by construction a T
         self._look()
         try:
             raise self._exception
