@@ -44,8 +44,10 @@ _exiting = False
 
 
 def look_after(job_id: str, worker: Worker, failures: FailureLog, exit_timeout: float) -> None:
-    """Have a worker drained at exit, within `exit_timeout` seconds."""
+    """Have a worker drained at exit, within `exit_timeout` seconds; once the hook has begun nobody waits any more."""
     with _lock:
+        if _exiting:
+            return
         _charges[id(worker)] = _Charge(job_id, worker, failures, exit_timeout)
 
 
@@ -107,7 +109,10 @@ def _at_exit() -> None:
                 within = "" if interrupts.count else f" within {charge.exit_timeout} s"
                 _say(f"job {charge.job_id!r}: {pending} operations could not be written{within} at exit")
             charge.failures.wait_told(min(_TELL_SECONDS_MAX, charge.exit_timeout))
-        if any(thread.daemon for thread in threading.enumerate()):
+        # What is kept here to the very end would keep its users' modules from ending in order.
+        _charges.clear()
+        others = [thread for thread in threading.enumerate() if not thread.name.startswith("persistency:")]
+        if any(thread.daemon for thread in others):
             _keep_for_ever(charges)
 
 
@@ -120,7 +125,8 @@ def _keep_for_ever(charges: list[_Charge]) -> None:
     import ctypes  # only here: most programs end without such threads
 
     for charge in charges:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(charge.worker))
+        # The store alone: a worker knows functions of its user's, whose modules are to end in order.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(charge.worker.store))
 
 
 def _in_child() -> None:

@@ -142,6 +142,11 @@ class Worker:
             return ready()
         return self._retired
 
+    @property
+    def store(self) -> Store | None:
+        """What is run here; for who has to keep it alive."""
+        return self._store
+
     def statistics(self) -> Statistics:
         """Return the numbers of this instant."""
         store = self._store
