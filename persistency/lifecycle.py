@@ -103,7 +103,8 @@ def _at_exit() -> None:
                 if interrupts.count and not told:
                     told = True
                     pending = sum(charge.worker.statistics().pending for charge, _ in leaving)
-                    _say(f"writing {pending} operations; interrupt again to give up")
+                    if pending:
+                        _say(f"writing {pending} operations; interrupt again to give up")
             if not reply.done():
                 pending = charge.worker.statistics().pending
                 within = "" if interrupts.count else f" within {charge.exit_timeout} s"

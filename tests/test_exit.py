@@ -166,12 +166,9 @@ def test_fault_that_passes_costs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["interrupted_in_hook", "interrupted_as_hook_begins"])
 def test_interrupted_hook_loses_nothing_silently(tmp_path: Path, name: str) -> None:
-    """A SIGINT in the middle of the exit hook: everything is written all the same, or stderr has the exact count."""
+    """A SIGINT in the middle of the exit hook: everything is written all the same."""
     done = end(name, tmp_path)
-    numbers = rows(tmp_path)
-    assert numbers == list(range(len(numbers)))
-    lost = PENDING - len(numbers)
-    assert not lost or re.search(rf"'alpha'.*\b{lost} operations", done.stderr)
+    assert rows(tmp_path) == list(range(PENDING)), done.stderr
 
 
 def test_hook_that_is_interrupted_twice_gives_up(tmp_path: Path) -> None:

@@ -293,32 +293,26 @@ def interrupt_hook(root: str, times: int, then: Callable[[], object]) -> None:
     persistency, (job,) = open_all(root, "alpha")
     KEPT.append(persistency)
     retiring, enough = threading.Event(), threading.Event()
-    retire, left = Worker.retire, times
+    retire = Worker.retire
 
     def retire_and_tell(worker: Worker) -> Any:
         reply = retire(worker)
         retiring.set()
         return reply
 
-    def interrupt(number: int, frame: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            enough.set()
-        if left >= 0:
-            signal.default_int_handler(number, frame)
-
     def act() -> None:
         retiring.wait()
         main = threading.main_thread().ident
         assert main is not None
-        # Again and again: one that comes right before main falls asleep isn't looked at until it wakes up.
-        while not enough.wait(0.02):
+        signal.pthread_kill(main, signal.SIGINT)
+        # Two that come close together count as one: again and again, until the hook has given up.
+        while times > 1:
+            enough.wait(0.02)
             signal.pthread_kill(main, signal.SIGINT)
         then()
 
     replace_method(Worker, "retire", retire_and_tell)
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, lambda *_: None)  # outside of the hook they mean nothing here
     hold = Hold(act)
     post(job, 0, PENDING)
     hold.release()
