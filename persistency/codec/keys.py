@@ -107,7 +107,7 @@ class Key(bytes):
             raise Misuse(f"not a key: at byte {pos - 1}, type code 0x{code:02x}: {why}") from error
         return tuple(parts)
 
-    def __add__(self, other: tuple[Any, ...]) -> Key:  # type: ignore[override]
+    def __add__(self, other: tuple[Any, ...]) -> Key:  # type: ignore[override]  # parts, not bytes
         """This key with the parts of a tuple appended. Raises `Misuse` for bytes: are they a part, or encoded?"""
         if not isinstance(other, tuple):
             raise Misuse(f"a key is extended by a tuple, not {type(other).__name__}", hint="Write k + (part,).")
@@ -127,7 +127,7 @@ class RawKey(Key):
 
     __slots__ = ()
 
-    def __new__(cls, data: bytes | bytearray | memoryview) -> Self:  # noqa: D102
+    def __new__(cls, data: bytes | bytearray | memoryview) -> Self:  # noqa: D102  # the class says it
         return super().__new__(cls, _plain(data))
 
     @property
@@ -174,7 +174,7 @@ def as_key(value: Any, argument: str = "key") -> Key:
             raise Misuse(f"{argument}: {error}", hint=error.hint) from error
     if len(value) > KEY_BYTES_MAX:
         raise Misuse(f"{argument} must have at most {KEY_BYTES_MAX} bytes encoded, not {len(value)}")
-    return value  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]  # a Key by now
 
 
 @dataclass(frozen=True, slots=True, init=False)
