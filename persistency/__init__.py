@@ -35,14 +35,16 @@ from persistency.errors import (
     WriteFailed,
 )
 from persistency.job import Job
-from persistency.ops import Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
+from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
 from persistency.storage.port import StoredJob
+from persistency.transaction import Transaction
 
 __all__ = [
-    "Check", "Closed", "Conflict", "Corrupt", "Delete", "DeletePrefix", "DeleteRange", "DiskFull", "Entry", "Failure",
-    "FeedTruncated", "Forked", "Found", "Job", "JobLocked", "JobNotFound", "Key", "KeyRange", "Misuse", "Op",
-    "Overloaded", "Persistency", "PersistencyError", "Poisoned", "Put", "QuotaExceeded", "RawKey", "Reply", "Row",
-    "SchemaTooNew", "Statistics", "StorageError", "StoredJob", "Unavailable", "WriteFailed", "key",
+    "Change", "Check", "Closed", "Conflict", "Corrupt", "Delete", "DeletePrefix", "DeleteRange", "DiskFull",
+    "Entry", "Failure", "FeedTruncated", "Forked", "Found", "Job", "JobLocked", "JobNotFound", "Key", "KeyRange",
+    "Misuse", "Op", "Overloaded", "Persistency", "PersistencyError", "Poisoned", "Put", "QuotaExceeded", "RawKey",
+    "Reply", "Row", "SchemaTooNew", "Statistics", "StorageError", "StoredJob", "Transaction", "Unavailable",
+    "WriteFailed", "key",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -11,16 +11,18 @@ Doesn't know: mailboxes, threads, SQL.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key, pack
 from persistency.errors import Misuse
-from persistency.ops import Check, Delete, DeletePrefix, DeleteRange, Op, Put
-from persistency.storage.port import PAYLOAD_BYTES_MAX, PLACES, Batch, DropRange, DropRow, Expect, Group
+from persistency.storage.port import PAYLOAD_BYTES_MAX
 
 CATEGORY_BYTES_MAX = 255
+TTL_SECONDS_MAX = 10_000_000_000  # some 317 years; nobody who means to set an end sets one beyond
 _NAMES_KEPT = 4_096
 
 
@@ -72,7 +74,7 @@ def as_key_bytes(value: Key | tuple[Any, ...]) -> bytes:
     return as_key(value)
 
 
-def as_payload(value: Any) -> bytes:
+def as_payload(value: Any, argument: str = "payload") -> bytes:
     """Return a payload as bytes of its own."""
     if type(value) is not bytes:
         try:
@@ -80,9 +82,9 @@ def as_payload(value: Any) -> bytes:
                 value = bytes(view)
         except (TypeError, ValueError, BufferError) as error:  # not bytes-like, or a view that was released already
             instead = "encode it, as in text.encode()" if isinstance(value, str) else "encode it to bytes first"
-            raise Misuse(f"payload must be bytes-like, not {type(value).__name__}: {instead}") from error
+            raise Misuse(f"{argument} must be bytes-like, not {type(value).__name__}: {instead}") from error
     if len(value) > PAYLOAD_BYTES_MAX:
-        raise Misuse(f"payload has {len(value)} bytes, at most {PAYLOAD_BYTES_MAX} are allowed: store it in parts")
+        raise Misuse(f"{argument} has {len(value)} bytes, at most {PAYLOAD_BYTES_MAX} are allowed: store it in parts")
     return value  # type: ignore[no-any-return]  # exact bytes by now
 
 
@@ -164,65 +166,52 @@ def as_choice(value: Any, argument: str, choices: tuple[str, ...]) -> Any:
     return value
 
 
-def as_batch(ops: Op | Iterable[Op]) -> tuple[Batch, int]:
-    """Return operations as one batch, and the bytes of its keys and payloads."""
-    if isinstance(ops, Op):
-        given: tuple[Any, ...] = (ops,)
-    elif isinstance(ops, Iterable) and not isinstance(ops, str | bytes | dict):
-        given = tuple(ops)
+def as_ttl_ms(value: Any, argument: str = "ttl") -> int:
+    """Return how long something lives, in whole milliseconds, at least one; given as seconds or a `timedelta`."""
+    if isinstance(value, timedelta):
+        seconds: float = value.total_seconds()
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = value
     else:
-        raise Misuse(f"ops must be an operation or an iterable of them, not {type(ops).__name__}: pass [Put(...), ...]")
-    items: Group = []
-    origin: list[Any] = []
-    nbytes = 0
-    expects = False
-    for op in given:
-        places = _as_places(op)
-        items += places
-        if places[0] is None:
-            expects = expects or type(places[1]) is Expect
-            nbytes += len(places[1].category)
-        else:
-            nbytes += len(places[1]) + len(places[2])
-            if op.payload is not places[2]:
-                op = replace(op, payload=places[2])  # as it was at the call: the caller may go on writing into it
-        origin.append(op)
-    return Batch(items, len(given), expects, tuple(origin)), nbytes
+        raise Misuse(f"{argument} must be seconds or a timedelta, not {type(value).__name__}: pass {argument}=60.0")
+    if not 0 < seconds <= TTL_SECONDS_MAX:  # NaN too
+        raise Misuse(
+            f"{argument} must be more than 0 and at most {TTL_SECONDS_MAX:,} seconds, not {value!r:.40}: "
+            "leave it out for what shall not end"
+        )
+    return max(1, round(seconds * 1000))
 
 
-def _as_places(op: Any) -> tuple[Any, Any, Any]:
-    match op:
-        case Put():
-            return as_category(op.category), as_key_bytes(op.key), as_payload(op.payload)
-        case Delete():
-            return None, DropRow(as_category(op.category), as_key(op.key)), None
-        case DeletePrefix():
-            return None, DropRange(as_category(op.category), *as_doomed_prefix(op.prefix)), None
-        case DeleteRange():
-            return None, DropRange(as_category(op.category), *as_doomed_range(op.key_range)), None
-        case Check():
-            if op.version is not None:
-                as_count(op.version, "version", 0)
-            return None, Expect(as_category(op.category), as_key(op.key), op.version), None
-        case _:
+def as_end(ttl: Any, now_ms: Callable[[], int]) -> int | None:
+    """Return the Unix time in milliseconds at which what lives so long from now ends; `None`: never."""
+    return None if ttl is None else now_ms() + as_ttl_ms(ttl)
+
+
+def as_delta(value: Any) -> int:
+    """Return by how much to count; any int but a bool."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Misuse(f"delta must be an int, not {type(value).__name__}: pass 1, or -1")
+    return int(value)
+
+
+def as_swapped(value: Any, argument: str) -> bytes | None:
+    """Return a payload that is expected, or put in its place; `None`: no row."""
+    return None if value is None else as_payload(value, argument)
+
+
+def as_function(value: Any) -> Callable[..., Any]:
+    """Return a function to be run inside the actor; one that doesn't do its work when it is called is refused."""
+    if not callable(value):
+        raise Misuse(f"fn must be callable, not {type(value).__name__}: pass a function of the transaction")
+    call = value
+    while isinstance(call, functools.partial):
+        call = call.func
+    for bad in (call, getattr(call, "__call__", None)):  # noqa: B004  # the method itself is looked at
+        if inspect.iscoroutinefunction(bad) or inspect.isasyncgenfunction(bad):
             raise Misuse(
-                f"ops holds {type(op).__name__}, which is no operation: "
-                "pass Put, Delete, DeletePrefix, DeleteRange or Check objects"
+                "fn is a coroutine function: pass a plain def",
+                hint="It runs inside the actor, where nothing is awaited; the transaction answers directly.",
             )
-
-
-def name_ops(category: bytes | None, message: Any, payload: Any) -> tuple[Any, ...]:
-    """Return the operations a message was made of: the very objects of a batch, else ones that mean the same."""
-    if category is not None:
-        return (Put(category.decode(), message if isinstance(message, Key) else Key(message), payload),)
-    if type(message) is Batch:
-        return message.origin
-    if type(message) is DropRow:
-        return (Delete(message.category.decode(), message.key),)  # type: ignore[arg-type]  # the caller's Key
-    if type(message) is DropRange:
-        start, stop = message.start or None, message.stop
-        return (DeleteRange(message.category.decode(), KeyRange(start, stop)),)  # type: ignore[arg-type]  # as above
-    return ()
-
-
-assert PLACES == 3, "a message's places are written out in this module"
+        if inspect.isgeneratorfunction(bad):
+            raise Misuse("fn is a generator function: pass a plain def that returns its answer")
+    return value  # type: ignore[no-any-return]  # callable by now

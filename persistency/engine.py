@@ -88,7 +88,7 @@ class Persistency:
         self._exit_timeout = as_seconds(exit_timeout, "exit_timeout", optional=False) or 0.0
         if clock is not None and not callable(clock):
             raise Misuse(f"clock must be callable, not {type(clock).__name__}: pass a function like time.time")
-        self._now_ms: Callable[[], int] = (
+        self._read_ms: Callable[[], int] = (
             (lambda: time.time_ns() // 1_000_000) if clock is None else lambda: int(clock() * 1000)
         )
         self._site, self._path = _site(root)
@@ -140,12 +140,14 @@ class Persistency:
         job_id: str | None = None,
         *,
         durability: Durability | Default = DEFAULT,
+        max_bytes: int | Default | None = DEFAULT,
         mailbox_ops_max: int | Default = DEFAULT,
         mailbox_bytes_max: int | Default = DEFAULT,
         requests_max: int | Default = DEFAULT,
         on_full: OnFull | Default = DEFAULT,
         full_timeout: float | Default | None = DEFAULT,
         stall_timeout: float | Default = DEFAULT,
+        feed_changes_max: int | Default = DEFAULT,
         inline: bool | Default = DEFAULT,
         on_error: OnError | Default | None = DEFAULT,
     ) -> Job:
@@ -155,11 +157,14 @@ class Persistency:
 
         durability: `"process"` (the default): what is committed survives the end of the process; `"power"`: every
           commit is on the medium before it is answered.
+        max_bytes: how many bytes the payloads of all rows may have together (`None`, the default: any number). A write
+          that would take them over it fails with `QuotaExceeded`; one that doesn't grow is always allowed.
         mailbox_ops_max, mailbox_bytes_max, requests_max: how many operations (8,192), bytes of keys and payloads
           (32 MiB) and requests (8,192) may wait. More lets a producer run further ahead; a read then waits longer.
         on_full: `"block"` (the default): a plain thread waits for room, up to `full_timeout` (60 s), then
           `Overloaded`; `"raise"`: `Overloaded` at once.
         stall_timeout: how many seconds (60) a fault of the system, such as a full disk, may last.
+        feed_changes_max: how many changes are kept for `changes` and `ChangeFeed` (0: none).
         inline: whether point reads may be answered in the thread of an event loop (`True`).
         on_error: called as `on_error(job_id, failures)`, in a thread of its own, when events have failed.
 
@@ -184,7 +189,7 @@ class Persistency:
         job_id = secrets.token_hex(12) if job_id is None else job_id
         forget = _forgetter(weakref.ref(self))
         while True:
-            job = yield from self._site.open(job_id, given, self._now_ms, self._exit_timeout, forget)
+            job = yield from self._site.open(job_id, given, self._read_ms, self._exit_timeout, forget)
             with self._lock:
                 held = self._jobs.get(job_id)
                 if (held is None or held.closed) and not self._closed:

@@ -15,98 +15,81 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from persistency import messages
 from persistency.actor.bounds import Bounds
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.tally import Statistics
 from persistency.arguments import (
     CATEGORIES,
-    as_batch,
-    as_bounds,
     as_category,
     as_count,
-    as_doomed_prefix,
-    as_doomed_range,
     as_flag,
     as_key_bytes,
-    as_keys,
-    as_limit,
     as_payload,
-    as_prefix_range,
     as_seconds,
 )
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key
 from persistency.errors import Closed, Misuse
-from persistency.ops import Entry, Found, KeyLike, Op, Payload, Row
+from persistency.ops import Change, Entry, Found, KeyLike, Op, Payload, Row, Ttl
 from persistency.paging import Pages
-from persistency.storage.port import (
-    Barrier,
-    CountRange,
-    DropRange,
-    DropRow,
-    GetEntry,
-    GetRows,
-    HasRow,
-    LastVersion,
-    ListCategories,
-    ScanRange,
-    StoredRow,
-)
+from persistency.storage.port import Barrier, LastVersion, ListCategories, ScanRange, UsedBytes
+from persistency.transaction import program
 
+T = TypeVar("T")
 _EVERYTHING = KeyRange()
-_make_row: Callable[[tuple[Key, bytes]], Row] = partial(tuple.__new__, Row)
-
-
-def _rows(pairs: list[tuple[bytes, bytes]]) -> list[Row]:
-    # Mapped at C speed: a call of Row() for each would take longer than the scan itself.
-    return list(map(_make_row, ((Key(key), payload) for key, payload in pairs)))
-
-
-def _entry(row: StoredRow | None) -> Entry | None:
-    return None if row is None else Entry(Key(row.key), row.payload, row.version, row.expires_ms)
-
-
-def _row(key: bytes, payload: bytes) -> Row:
-    return Row(Key(key), payload)
-
-
-def _key(key: bytes, _payload: bytes) -> Key:
-    return Key(key)
-
-
-def _names(categories: list[bytes]) -> list[str]:
-    return [category.decode() for category in categories]
 
 
 class Job:
     """An open job. Made by `Persistency.open_job`; any thread and any event loop may use it."""
 
-    __slots__ = ("__weakref__", "_closed", "_mailbox", "_release", "_statistics", "id", "path")
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_keeps_changes",
+        "_mailbox",
+        "_now_ms",
+        "_release",
+        "_statistics",
+        "id",
+        "path",
+    )
 
     def __init__(
         self,
         job_id: str,
         path: Path | None,
         mailbox: Mailbox,
+        now_ms: Callable[[], int],
         statistics: Callable[[], Statistics],
         release: Callable[[Job, bool, bool], Reply[None]],
+        *,
+        keeps_changes: bool,
     ) -> None:
         self.id = job_id
         self.path = path
         self._mailbox = mailbox
+        self._now_ms = now_ms
+        self._keeps_changes = keeps_changes
         self._statistics = statistics
         self._release = release
         self._closed = False
 
     # -- events: they return None, and a failure is raised by the next flush() or close() ------------------------
 
-    def put(self, category: str, key: KeyLike, payload: Payload) -> None:
-        """Store a payload (bytes-like, empty allowed, up to 256 MiB) under a key, whatever was there."""
+    def put(self, category: str, key: KeyLike, payload: Payload, *, ttl: Ttl | None = None) -> None:
+        """Store a payload (bytes-like, empty allowed, up to 256 MiB) under a key, whatever was there.
+
+        With a `ttl` (seconds or a `timedelta`, counted from this call) the row ends after so long; without, it stays.
+        """
+        if ttl is not None:
+            message = messages.set_row(category, key, payload, ttl, self._now_ms)
+            self._mailbox.put(None, message, None, len(message.key) + len(message.payload))
+            return
         # The usual call, without a function for each argument: a third of the time.
         if type(key) is Key and type(payload) is bytes:
             nbytes = len(key) + len(payload)
@@ -118,26 +101,26 @@ class Job:
 
     def delete(self, category: str, key: KeyLike) -> None:
         """Remove one row; a missing one is fine."""
-        message = DropRow(as_category(category), as_key(key))
-        self._mailbox.tell(message, 1, len(message.category) + len(message.key))
+        self._tell(messages.drop_row(category, key))
 
     def delete_prefix(self, category: str, prefix: KeyLike) -> None:
         """Remove the row of the key `prefix` and those of all its children. An empty prefix is `Misuse`."""
-        message = DropRange(as_category(category), *as_doomed_prefix(prefix))
-        self._mailbox.tell(message, 1, len(message.category) + len(message.start))
+        self._tell(messages.drop_prefix(category, prefix))
 
     def delete_range(self, category: str, key_range: KeyRange) -> None:
         """Remove the rows of a range, start in, stop out. One without any bound is `Misuse`."""
-        message = DropRange(as_category(category), *as_doomed_range(key_range))
-        self._mailbox.tell(message, 1, len(message.category) + len(message.start))
+        self._tell(messages.drop_range(category, key_range))
 
     def persist(self, ops: Op | Iterable[Op]) -> None:
         """Post one operation or several, all or nothing: `Put`, `Delete`, `DeletePrefix`, `DeleteRange`, `Check`."""
-        batch, nbytes = as_batch(ops)
+        batch, nbytes = messages.batch(ops, self._now_ms)
         if batch.ops:
             self._mailbox.tell(batch, batch.ops, nbytes)
         else:
             self._mailbox.check()
+
+    def _tell(self, message: Any) -> None:
+        self._mailbox.tell(message, 1, messages.message_bytes(message))
 
     # -- reads ---------------------------------------------------------------------------------------------------
 
@@ -149,37 +132,31 @@ class Job:
 
     def entry(self, category: str, key: KeyLike) -> Reply[Entry | None]:
         """Ask for a row with its version and expiry."""
-        return self._mailbox.read(GetEntry(as_category(category), as_key(key)), point=True).map(_entry)
+        return self._mailbox.read(messages.get_entry(category, key), point=True).map(messages.entry)
 
     def get_many(self, category: str, keys: Iterable[KeyLike]) -> Reply[Found]:
         """Ask for several payloads in one snapshot: a dict by `Key` in the order asked, the missing left out."""
-        return self._mailbox.read(GetRows(as_category(category), as_keys(keys))).map(Found)
+        return self._mailbox.read(messages.get_rows(category, keys)).map(Found)
 
     def exists(self, category: str, key: KeyLike) -> Reply[bool]:
         """Ask whether there is such a row."""
-        return self._mailbox.read(HasRow(as_category(category), as_key(key)), point=True)
+        return self._mailbox.read(messages.has_row(category, key), point=True)
 
     def count(self, category: str, key_range: KeyRange = _EVERYTHING) -> Reply[int]:
         """Ask how many rows a range has."""
-        return self._mailbox.read(CountRange(as_category(category), *as_bounds(key_range)))
+        return self._mailbox.read(messages.count_range(category, key_range))
 
     def scan(
         self, category: str, key_range: KeyRange = _EVERYTHING, *, reverse: bool = False, limit: int | None = None
     ) -> Reply[list[Row]]:
         """Ask for the rows of a range in key order, start in, stop out, at most `limit` of them."""
-        return self._scan(category, as_bounds(key_range), reverse, limit)
+        return self._mailbox.read(messages.scan_range(category, key_range, reverse, limit)).map(messages.rows)
 
     def scan_prefix(
         self, category: str, prefix: KeyLike, *, reverse: bool = False, limit: int | None = None
     ) -> Reply[list[Row]]:
         """Ask for the row of the key `prefix` itself and those of all its children."""
-        return self._scan(category, as_prefix_range(prefix), reverse, limit)
-
-    def _scan(
-        self, category: str, span: tuple[bytes, bytes | None], reverse: bool, limit: int | None
-    ) -> Reply[list[Row]]:
-        message = ScanRange(as_category(category), *span, as_flag(reverse, "reverse"), as_limit(limit))
-        return self._mailbox.read(message).map(_rows)
+        return self._mailbox.read(messages.scan_prefix(category, prefix, reverse, limit)).map(messages.rows)
 
     def iterate(
         self,
@@ -196,27 +173,42 @@ class Job:
         Gives `Row`s, or `Key`s with `keys_only`. Nothing is held between pages: writing meanwhile is safe, and a key
         that is there throughout is seen once.
         """
-        span = as_bounds(key_range)
-        if prefix is not None:
-            if span != (b"", None):
-                raise Misuse("key_range and prefix were both given: pass one of them")
-            span = as_prefix_range(prefix)
-        name = as_category(category)
-        reverse, keys_only = as_flag(reverse, "reverse"), as_flag(keys_only, "keys_only")
+        span = messages.walked_range(key_range, prefix)
+        name, reverse, keys_only = as_category(category), as_flag(reverse, "reverse"), as_flag(keys_only, "keys_only")
 
         def ask(start: bytes, stop: bytes | None, limit: int) -> Reply[Any]:
             return self._mailbox.read(ScanRange(name, start, stop, reverse, limit, keys_only))
 
-        make = _key if keys_only else _row
+        make = messages.key_alone if keys_only else messages.row
         return Pages(ask, self.drain, make, span, reverse=reverse, page=as_count(page, "page", 1))
+
+    def snapshot(self, category: str) -> Reply[list[Entry]]:
+        """Ask for a category's rows in the order of their versions: the last written last."""
+        return self._mailbox.read(messages.list_entries(category)).map(messages.entries)
 
     def categories(self) -> Reply[list[str]]:
         """Ask for the categories that have rows."""
-        return self._mailbox.read(ListCategories()).map(_names)
+        return self._mailbox.read(ListCategories()).map(messages.names)
 
     def version(self) -> Reply[int]:
         """Ask for the version of the last operation."""
         return self._mailbox.read(LastVersion(), point=True)
+
+    def changes(self, after: int, limit: int, *, wait: bool = False) -> Reply[list[Change]]:
+        """Ask for the first `limit` changes with a version above `after`; with `wait`, as soon as there is one.
+
+        Raises `FeedTruncated` if one of them is no longer kept, and `Misuse` if the job keeps none: open it with
+        `feed_changes_max`. Cancel a reply that waits and that nobody wants any more: `requests_max` of them may wait.
+        """
+        message = messages.list_changes(after, limit, wait)
+        if not self._keeps_changes and not self._closed:
+            raise Misuse(f"job {self.id!r} keeps no changes: open it with feed_changes_max=10_000")
+        reply = self._mailbox.ask(message, reads=True) if wait else self._mailbox.read(message)
+        return reply.map(messages.changes)
+
+    def storage_used(self) -> Reply[int]:
+        """Ask how many bytes the payloads of all rows have; known where the job has `max_bytes`, elsewhere counted."""
+        return self._mailbox.read(UsedBytes())
 
     # -- requests that write -------------------------------------------------------------------------------------
 
@@ -225,25 +217,61 @@ class Job:
 
         `Check`s look at the state before the batch; if one fails the reply raises `Conflict` and nothing is applied.
         """
-        batch, nbytes = as_batch(ops)
+        batch, nbytes = messages.batch(ops, self._now_ms)
         if not batch.ops:
             return self.version()
         return self._mailbox.write(batch, batch.ops, nbytes)
 
     def delete_acked(self, category: str, key: KeyLike) -> Reply[bool]:
         """Remove one row and answer whether it was there."""
-        message = DropRow(as_category(category), as_key(key))
-        return self._mailbox.write(message, 1, len(message.category) + len(message.key))
+        return self._write(messages.drop_row(category, key))
 
     def delete_prefix_acked(self, category: str, prefix: KeyLike) -> Reply[int]:
         """Remove a key and its children and answer how many rows were there. An empty prefix is `Misuse`."""
-        message = DropRange(as_category(category), *as_doomed_prefix(prefix))
-        return self._mailbox.write(message, 1, len(message.category) + len(message.start))
+        return self._write(messages.drop_prefix(category, prefix))
 
     def delete_range_acked(self, category: str, key_range: KeyRange) -> Reply[int]:
         """Remove the rows of a range and answer how many there were. One without any bound is `Misuse`."""
-        message = DropRange(as_category(category), *as_doomed_range(key_range))
-        return self._mailbox.write(message, 1, len(message.category) + len(message.start))
+        return self._write(messages.drop_range(category, key_range))
+
+    def compare_and_set(
+        self,
+        category: str,
+        key: KeyLike,
+        expected: Payload | None,
+        new: Payload | None,
+        *,
+        ttl: Ttl | None = None,
+    ) -> Reply[bool]:
+        """Put `new` in the place of `expected`, and answer whether that was there; `None` is no row, on either side.
+
+        So `None, new` creates a row only if there is none, and `expected, None` deletes one only if it is still that.
+        """
+        return self._write(messages.swap_row(category, key, expected, new, ttl, self._now_ms))
+
+    def increment(self, category: str, key: KeyLike, delta: int = 1) -> Reply[int]:
+        """Count up and answer with the new number, which is stored as a CBOR integer.
+
+        A missing row counts as 0; an expiry stays. Raises `Conflict` if what is there isn't an integer.
+        """
+        return self._write(messages.add(category, key, delta))
+
+    def touch(self, category: str, key: KeyLike, ttl: Ttl | None) -> Reply[bool]:
+        """Have a row end after `ttl` from now (`None`: not at all), and answer whether there was one."""
+        return self._write(messages.touch_row(category, key, ttl, self._now_ms))
+
+    def run(self, fn: Callable[..., T], *args: Any) -> Reply[T]:
+        """Send a function to the data: `fn(tx, *args)` is run inside the actor, in one transaction.
+
+        `tx` is a `Transaction`: the same verbs, answering directly. The reply gives what `fn` returns. If it raises,
+        everything it wrote is undone and the reply raises that. It holds up the whole job while it runs, and is called
+        again if its transaction has to be: let it be short, and have no effects but through `tx`. Requests to the job
+        itself raise `Misuse` inside of it; generators and coroutine functions are refused.
+        """
+        return self._write(program(fn, args, self._now_ms, self._mailbox))
+
+    def _write(self, message: Any) -> Reply[Any]:
+        return self._mailbox.write(message, 1, messages.message_bytes(message))
 
     def flush(self, *, sync: bool = False) -> Reply[None]:
         """Answer when all earlier writes are committed; with `sync`, when they are on the medium (one fsync).
@@ -275,6 +303,7 @@ class Job:
         the last flush, and `TimeoutError` after `timeout` seconds, which says what is left and keeps closing.
         """
         timeout = as_seconds(timeout, "timeout")
+        self._mailbox.check_outside()
         reply = self._leave(drain=as_flag(drain, "drain"))
         try:
             reply.result(timeout)

@@ -12,21 +12,28 @@ Doesn't know: how anything is stored, posted or encoded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from persistency.codec.keys import Key, KeyRange, as_key
 
 KeyLike: TypeAlias = Key | tuple[Any, ...]
 Payload: TypeAlias = bytes | bytearray | memoryview
+Ttl: TypeAlias = float | timedelta
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Store `payload` under `key`, whatever was there. Payload: any bytes-like object, empty allowed, up to 256 MiB."""
+    """Store `payload` under `key`, whatever was there.
+
+    `payload`: any bytes-like object, empty allowed, up to 256 MiB; `ttl`: after how long the row ends, in seconds or as
+    a `timedelta`, counted from the call that posts the operation (`None`: it doesn't end).
+    """
 
     category: str
     key: KeyLike
     payload: Payload
+    ttl: Ttl | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,21 @@ class Entry(NamedTuple):
     payload: bytes
     version: int
     expires_ms: int | None
+
+
+class Change(NamedTuple):
+    """What one operation, or the end of a row, has changed in a job that keeps its changes.
+
+    `kind` is `"put"` (`payload` is what was put), `"delete"`, `"expire"`, or `"delete_range"`: then `key` is where the
+    range starts, and `stop` where it stops (`None`: it goes to the last key); the stop is not in it.
+    """
+
+    version: int
+    kind: Literal["put", "delete", "expire", "delete_range"]
+    category: str
+    key: Key
+    payload: bytes | None
+    stop: Key | None
 
 
 class Found(dict[Key, bytes]):

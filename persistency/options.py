@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, Final
 
 from persistency.actor.bounds import Bounds, OnFull
-from persistency.arguments import as_choice, as_count, as_flag, as_seconds
+from persistency.arguments import as_choice, as_count, as_flag, as_limit, as_seconds
 from persistency.errors import Failure, Misuse
 from persistency.storage.port import Durability, StoreOptions
 
@@ -39,12 +39,14 @@ class JobOptions:
     """How a job runs. The defaults are those of `Persistency.open_job`."""
 
     durability: Durability = "process"
+    max_bytes: int | None = None
     mailbox_ops_max: int = 8192
     mailbox_bytes_max: int = 32 * 1024 * 1024
     requests_max: int = 8192
     on_full: OnFull = "block"
     full_timeout: float | None = 60.0
     stall_timeout: float = 60.0
+    feed_changes_max: int = 0
     inline: bool = True
     on_error: OnError | None = None
 
@@ -63,7 +65,9 @@ class JobOptions:
     @property
     def store(self) -> StoreOptions:
         """What the store needs of them."""
-        return StoreOptions(durability=self.durability)
+        return StoreOptions(
+            durability=self.durability, max_bytes=self.max_bytes, feed_changes_max=self.feed_changes_max
+        )
 
 
 def checked(given: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +83,10 @@ def checked(given: dict[str, Any]) -> dict[str, Any]:
                 given[name] = as_seconds(value, name)
             case "stall_timeout":
                 given[name] = as_seconds(value, name, optional=False)
+            case "max_bytes":
+                given[name] = as_limit(value, name)
+            case "feed_changes_max":
+                as_count(value, name, 0)
             case "inline":
                 as_flag(value, name)
             case "on_error":

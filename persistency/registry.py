@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from persistency import lifecycle
+from persistency.actor.clock import Clock
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.settling import pending, ready, settle_all
 from persistency.actor.worker import Worker
-from persistency.arguments import name_ops
 from persistency.errors import JobLocked, Misuse, PersistencyError
 from persistency.job import Job
+from persistency.messages import name_ops
 from persistency.options import JobOptions, differing
 from persistency.storage.port import Barrier, Root
 
@@ -59,7 +60,7 @@ class Site:
         self,
         job_id: str,
         given: dict[str, Any],
-        now_ms: Callable[[], int],
+        read_ms: Callable[[], int],
         exit_timeout: float,
         forget: Callable[[Job], None],
     ) -> Generator[Reply[None], None, Job]:
@@ -70,7 +71,7 @@ class Site:
         path = self.root.path(job_id)
         lease = object()
         while True:
-            entry = self._join(job_id, given, lease, now_ms, exit_timeout)
+            entry = self._join(job_id, given, lease, read_ms, exit_timeout)
             worker = entry.worker
             if worker is not None and not entry.leaving:
                 break
@@ -86,7 +87,10 @@ class Site:
             forget(job)
             return reply
 
-        return Job(job_id, path, entry.mailbox, worker.statistics, release)
+        keeps_changes = entry.options.feed_changes_max > 0
+        return Job(
+            job_id, path, entry.mailbox, worker.clock.look_ms, worker.statistics, release, keeps_changes=keeps_changes
+        )
 
     def drop(self, job_id: str, *, aside: bool) -> Generator[Reply[Any], Any, list[Path]]:
         """Delete a job that nobody here has open; yields the replies to wait for on the way.
@@ -125,7 +129,7 @@ class Site:
             return self._entries.setdefault(job_id, placeholder)
 
     def _join(
-        self, job_id: str, given: dict[str, Any], lease: object, now_ms: Callable[[], int], exit_timeout: float
+        self, job_id: str, given: dict[str, Any], lease: object, read_ms: Callable[[], int], exit_timeout: float
     ) -> _Entry:
         """Take a lease on an open job, or begin to open it; an entry that is leaving is returned as it is."""
         with self._lock:
@@ -140,7 +144,7 @@ class Site:
                         )
                     entry.leases.add(lease)
                 return entry
-            fresh = self._new(job_id, JobOptions(**given), now_ms)
+            fresh = self._new(job_id, JobOptions(**given), read_ms)
             # A signal handler that came meanwhile may have opened the job itself.
             entry = self._entries.setdefault(job_id, fresh)
             entry.leases.add(lease)
@@ -153,7 +157,7 @@ class Site:
                 raise
         return entry
 
-    def _new(self, job_id: str, options: JobOptions, now_ms: Callable[[], int]) -> _Entry:
+    def _new(self, job_id: str, options: JobOptions, read_ms: Callable[[], int]) -> _Entry:
         mailbox = Mailbox(options.bounds)
         failures = FailureLog(job_id, options.on_error, mailbox.never_waits)
         worker = Worker(
@@ -161,9 +165,10 @@ class Site:
             mailbox,
             failures,
             open_store=lambda: self.root.open(job_id, options.store),
-            now_ms=now_ms,
+            clock=Clock(read_ms),
             name_ops=name_ops,
             stall_timeout=options.stall_timeout,
+            waiters_max=options.requests_max,
         )
         return _Entry(options, mailbox, worker, failures)
 

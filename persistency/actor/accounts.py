@@ -3,7 +3,8 @@
 Rules:
   1. An operation is counted once, as committed or as failed, in one step with its leaving the mailbox's level.
   2. A failed event goes to the failure log; a failed request to its reply.
-  3. A flush gives what failed before it, and not what failed behind it in the same group.
+  3. A request for changes that aren't there yet goes to the waiters.
+  4. A flush gives what failed before it, and not what failed behind it in the same group.
 
 Doesn't know: the store, threads, how a group was run.
 """
@@ -13,13 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from persistency.actor.bounds import Level
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.settling import tell_if_unseen
 from persistency.actor.tally import Tally
+from persistency.actor.waiters import Waiters
 from persistency.errors import Failure, PersistencyError, WriteFailed
-from persistency.storage.port import PLACES, Barrier, Failed, Group, operations
+from persistency.storage.port import PLACES, Barrier, Failed, Group, ListChanges, SetRow, operations
 
 Answer = tuple[Reply[Any], Any, BaseException | None]
 NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
@@ -28,15 +31,20 @@ NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
 class Accounts:
     """The books of one worker. `name_ops` turns a message back into the operations its caller posted."""
 
-    def __init__(self, tally: Tally, failures: FailureLog, mailbox: Mailbox, name_ops: NameOps) -> None:
+    def __init__(
+        self, tally: Tally, failures: FailureLog, mailbox: Mailbox, waiters: Waiters, name_ops: NameOps
+    ) -> None:
         self._tally = tally
         self._failures = failures
         self._mailbox = mailbox
+        self._waiters = waiters
         self._name_ops = name_ops
 
     def group(self, group: Group, outcomes: list[Any]) -> list[Answer]:
         """Count what became of a group, keep the failures of events, return the answers of requests."""
-        if None not in group[::PLACES] and Failed not in map(type, outcomes):
+        if Failed not in map(type, outcomes) and (
+            None not in group[::PLACES] or set(map(type, group[1::PLACES])) == {SetRow}
+        ):
             self.count(len(outcomes), 0)
             return []
         answers, committed, failed = self._tell(group, outcomes, "not applied")
@@ -66,12 +74,15 @@ class Accounts:
                     self._failures.record(failed_events)
                     failed_events = []
                     answers.append((reply, None, self.flushed(reply)))
+                elif type(message) is ListChanges and message.wait and not result:
+                    refused = self._waiters.park(message, reply)
+                    answers += [] if refused is None else [(reply, None, refused)]
                 else:
                     answers.append((reply, result, None))
         self._failures.record(failed_events)
         return answers, committed, failed
 
-    def watch(self, reply: Reply[Any], message: Any, error: Exception, outcome: str) -> None:
+    def watch(self, reply: Reply[Any], message: Any, error: BaseException, outcome: str) -> None:
         """See that a failed request is told of, if its reply is dropped with nobody having looked."""
         named = [Failure(op, error, outcome) for op in self._name_ops(None, message, None)]
         if named:
@@ -87,11 +98,11 @@ class Accounts:
     def count(self, committed: int, failed: int, *, in_place: bool = False) -> None:
         """Count operations as decided; those of a write `in_place` are accepted at the same moment."""
 
-        def count() -> None:
+        def count(_level: Level) -> None:
             self._tally.committed += committed
             self._tally.failed += failed
 
-        self._mailbox.decided(count, taken=committed + failed if in_place else 0)
+        self._mailbox.as_one(count, taken=committed + failed if in_place else 0)
 
     def fail(self, *groups: tuple[Group, PersistencyError, str]) -> list[Answer]:
         """Fail groups whole, each with its error and outcome, as one step for whoever looks at the numbers."""

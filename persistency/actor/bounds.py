@@ -131,3 +131,9 @@ class Queue:
             poster = self._posters.pop(0)
             poster.refused = refusal()
             poster.bell.release()
+
+
+def standing(line: list[Any]) -> list[Any]:
+    """Return a line without the requests that were withdrawn from it."""
+    kept = [at for at in range(0, len(line), 3) if line[at] is not None or getattr(line[at + 2], "_ticket", 0) != -1]
+    return [place for at in kept for place in line[at : at + 3]]

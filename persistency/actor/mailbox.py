@@ -18,15 +18,14 @@ Doesn't know: what a message means, the store, files.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from threading import get_ident
+from threading import Condition, Lock, RLock, get_ident
 from typing import Any
 
-from persistency.actor.bounds import Bounds, Level, Poster, Queue, Refusal, overloaded
+from persistency.actor.bounds import Bounds, Level, Poster, Queue, Refusal, overloaded, standing
 from persistency.actor.reply import FINISHED, Reply, running_loop
 from persistency.actor.settling import cancel, pending, ready, settle_all
-from persistency.errors import StorageError
+from persistency.errors import Misuse, StorageError
 from persistency.storage.port import GetRow, Group
 
 _new_reply = Reply.__new__
@@ -43,7 +42,8 @@ class Mailbox:
         self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None
         self.never_waits: set[int] = set()  # threads that must not wait for room here
         self.worker_thread: int | None = None
-        self._lock = threading.RLock()
+        self.inside: int | None = None  # the thread that is in a caller's function now
+        self._lock = RLock()
         # Guarded by the lock: the line,
         self._messages: Group = []
         self._ops = 0
@@ -63,15 +63,15 @@ class Mailbox:
         self._asleep = False
         self._rung = False
         self._late = 0  # posters that wait for the turn, once they have to serve themselves
-        self._turn_free = threading.Condition(self._lock)
+        self._turn_free = Condition(self._lock)
         self._attendant: Callable[[], None] | None = None
         self._queue = Queue()
         self._drained: Reply[None] | None = None  # one for all who want to know
-        self._bell = threading.Lock()
+        self._bell = Lock()
         self._bell.acquire()
 
-    def put(self, category: bytes, key: bytes, payload: bytes, nbytes: int) -> None:
-        """Post a plain put. Raises `Overloaded` where it is full, or whatever the mailbox was closed with."""
+    def put(self, category: bytes | None, key: Any, payload: bytes | None, nbytes: int) -> None:
+        """Post an event of one operation. Raises `Overloaded` where it is full, or what the mailbox was closed with."""
         with self._lock:
             if self._ops < self._open_ops and (total := self._bytes + nbytes) <= self._bytes_max:
                 self._ops += 1
@@ -93,6 +93,7 @@ class Mailbox:
 
     def ask(self, message: Any, *, reads: bool, ops: int = 0, nbytes: int = 0, free: bool = False) -> Reply[Any]:
         """Post a request and return its reply; a `free` one needs no room."""
+        self.check_outside()
         reply = pending(self, reads=reads)
         self._post((None, message, reply), ops, nbytes, 0 if free else 1)
         return reply
@@ -177,13 +178,17 @@ class Mailbox:
         if self._attendant is not None:
             self._attendant()
 
-    def wait(self) -> None:
-        """Sleep until there is something to take, or somebody rings."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Sleep until there is something to take, somebody rings, or `seconds` are over."""
         with self._lock:
             if (self._rung or self._messages or self._closed) and self._holder is None:
                 return
             self._asleep = True
-        self._bell.acquire()
+        if not self._bell.acquire(timeout=-1 if seconds is None else seconds):
+            with self._lock:
+                at_last, self._rung, self._asleep = not self._asleep, True, False  # as if somebody had rung
+            if at_last:  # somebody has
+                self._bell.acquire()
 
     def ring(self) -> None:
         """Have the worker look after something other than messages."""
@@ -194,9 +199,8 @@ class Mailbox:
 
     def take(self, token: object, *, patience: float = 0.0) -> Group | None:
         """Take the turn and the whole line, empty or not; `None` if another keeps the turn for `patience` seconds."""
-        me = get_ident()
         with self._lock:
-            if self._holder is not None and patience and self._holder_thread != me:
+            if self._holder is not None and patience and self._holder_thread != get_ident():
                 self._late += 1
                 try:
                     self._turn_free.wait_for(lambda: self._holder is None, patience)
@@ -217,11 +221,11 @@ class Mailbox:
             settle_all([(drained, None, None)])
         return group
 
-    def decided(self, account: Callable[[], None], *, taken: int = 0) -> None:
-        """Run `account` as one step for whoever looks at the level; `taken`: operations that never stood in line."""
+    def as_one(self, act: Callable[[Level], Any], *, taken: int = 0) -> Any:
+        """Return what `act` makes of the level, as one step for who looks; `taken` operations never stood in line."""
         with self._lock:
             self._taken += taken
-            account()
+            return act(self._level())
 
     def close(self, refusal: Refusal) -> None:
         """Refuse every later post; what is in the line stays to be taken. The first refusal stays."""
@@ -256,13 +260,12 @@ class Mailbox:
     @property
     def ended(self) -> bool:
         """Whether nothing will ever be taken any more."""
-        with self._lock:
-            return self._closed and not self._messages
+        return self._closed and not self._messages
 
-    def look_at_level(self, look: Callable[[Level], Any]) -> Any:
-        """Return what `look` makes of how much is waiting, while nothing can change."""
-        with self._lock:
-            return look(self._level())
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for whoever may have the turn."""
+        return not (self._messages or self._rung or self._closed)
 
     def drain(self) -> Reply[None]:
         """Return a reply that is settled when the line is below its low-water mark: half of the bounds."""
@@ -270,8 +273,7 @@ class Mailbox:
             self.check()
             if self.bounds.low(self._level()):
                 return ready()
-            if self._drained is None:
-                self._drained = pending(self, reads=False)
+            self._drained = self._drained or pending(self, reads=False)
             return self._drained
 
     def withdraw(self, reply: Reply[Any]) -> bool:
@@ -293,11 +295,14 @@ class Mailbox:
             settle_all([(drained, None, None)])
         return True
 
+    def check_outside(self) -> None:
+        """Raise `Misuse` in a function that this very job runs: it would wait for itself."""
+        if self.inside == get_ident():
+            raise Misuse("a request to a job inside its own run()", hint="Use the transaction the function is given.")
+
     def waits_for_itself(self) -> bool:
         """Say whether the calling thread is the one that would have to answer."""
-        me = get_ident()
-        with self._lock:
-            return me == self.worker_thread or (self._holder is not None and me == self._holder_thread)
+        return get_ident() in (self.worker_thread, None if self._holder is None else self._holder_thread)
 
     def _post(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
         """Post a message, wait for room, or raise."""
@@ -322,10 +327,9 @@ class Mailbox:
         if not self._queue.ahead(ops) and self.bounds.fit(self._level(), ops, nbytes, requests, 1):
             return True
         me = get_ident()
-        if me in self.never_waits or (self._holder is not None and me == self._holder_thread):
+        # Lastly: a signal handler while this very thread waits for room.
+        if me in self.never_waits or (self._holder is not None and me == self._holder_thread) or self._queue.holds(me):
             return True
-        if self._queue.holds(me):
-            return True  # a signal handler while this very thread waits for room
         if running_loop() is not None:
             if self.bounds.fit(self._level(), ops, nbytes, requests, 2):
                 return True
@@ -371,11 +375,7 @@ class Mailbox:
 
     def _clear_away(self) -> None:
         """Take out the requests that were withdrawn: all at once, for each alone would walk through the line."""
-        line = self._messages
-        kept = [
-            at for at in range(0, len(line), 3) if line[at] is not None or getattr(line[at + 2], "_ticket", 0) != -1
-        ]
-        self._messages = [place for at in kept for place in line[at : at + 3]]
+        self._messages = standing(self._messages)
         self._withdrawn = 0
 
     def _admit(self) -> None:

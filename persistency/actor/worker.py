@@ -27,21 +27,22 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from persistency.actor.accounts import Accounts, Answer, NameOps
+from persistency.actor.clock import Clock
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.settling import fill, new_reply, pending, ready, settle_all
 from persistency.actor.tally import Statistics, Tally
+from persistency.actor.upkeep import Harm, Upkeep
+from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, Corrupt, Poisoned, StorageError
 from persistency.storage.port import (
-    PLACES,
     Barrier,
-    Checkpointing,
     Failed,
     Group,
     OutcomeUnknown,
     Store,
-    operations,
+    writes,
 )
 
 log = logging.getLogger("persistency")
@@ -52,20 +53,11 @@ RETRY_SECONDS_MAX = 1.0
 LATE_TURN_SECONDS_MAX = 5.0
 
 
-class _Fatal(Exception):
-    """A group can't be brought to an end; `outcome` says whether it may have been applied."""
-
-    def __init__(self, cause: BaseException, outcome: str) -> None:
-        super().__init__(cause, outcome)
-        self.cause = cause
-        self.outcome = outcome
-
-
 class Worker:
     """One job's worker: a daemon thread, and at interpreter exit whoever comes.
 
-    `open_store` is called once, in the thread that will run the job; `now_ms` stamps each group; `name_ops` turns a
-    message back into the operations its caller posted.
+    `open_store` is called once, in the thread that will run the job; `clock` stamps each group; `name_ops` turns a
+    message back into the operations its caller posted; `waiters_max` bounds the requests that wait for changes.
     """
 
     def __init__(
@@ -75,9 +67,10 @@ class Worker:
         failures: FailureLog,
         *,
         open_store: Callable[[], Store],
-        now_ms: Callable[[], int],
+        clock: Clock,
         name_ops: NameOps,
         stall_timeout: float,
+        waiters_max: int,
     ) -> None:
         self.opened: Reply[None] = pending(mailbox, reads=False)
         self.closed: Reply[None] = pending(mailbox, reads=False)
@@ -85,13 +78,15 @@ class Worker:
         self._job_id = job_id
         self._mailbox = mailbox
         self._open_store = open_store
-        self._now_ms = now_ms
+        self.clock = clock
+        self._now_ms = clock.now_ms
         self._stall_timeout = stall_timeout
         self._tally = Tally()
         self._failures = failures
-        self._accounts = Accounts(self._tally, failures, mailbox, name_ops)
+        self._waiters = Waiters(waiters_max)
+        self._accounts = Accounts(self._tally, failures, mailbox, self._waiters, name_ops)
         self._store: Store | None = None
-        self._checkpointing: Checkpointing | None = None
+        self._upkeep: Upkeep | None = None
         self._over = False  # the thread has nothing left to do
         self._ended = False  # the store is closed
         self._discards = False
@@ -152,7 +147,7 @@ class Worker:
         store = self._store
         wal_bytes = 0 if store is None else store.status().wal_bytes
         commit_ms = self._tally.percentiles()
-        now: Statistics = self._mailbox.look_at_level(
+        now: Statistics = self._mailbox.as_one(
             lambda level: self._tally.statistics(level.accepted, level.nbytes, wal_bytes, commit_ms)
         )
         return now
@@ -177,7 +172,7 @@ class Worker:
             return
         while not self._over:
             try:
-                self._mailbox.wait()
+                self._mailbox.wait(None if self._upkeep is None else self._upkeep.pause())
                 self.serve()
             except BaseException as error:  # thrown into this thread from outside
                 settle_all(self._poison(error, "not applied", []))
@@ -188,7 +183,8 @@ class Worker:
         except BaseException as error:
             self._not_opened(error)
             return False
-        self._checkpointing = store if isinstance(store, Checkpointing) else None
+        self.clock.not_before(store.status().latest_ms)
+        self._upkeep = Upkeep(self._job_id, store, self._mailbox, self.clock)
         if store.reads_in_place:
             get, now_ms = store.get, self._now_ms
             self._mailbox.get_in_place = lambda category, key: get(category, key, now_ms())
@@ -223,6 +219,7 @@ class Worker:
             again = bool(group)
             if group:
                 answers = self._decide(group)
+                answers += self._tell_waiters()
                 group = []
             if self._mailbox.ended and not again:
                 answers += self._end()
@@ -246,12 +243,12 @@ class Worker:
             return self._accounts.fail((group, closed, "not applied"))
         try:
             outcomes = self._apply(group)
-        except _Fatal as fatal:
-            return self._poison(fatal.cause, fatal.outcome, group)
+        except Harm as harm:
+            return self._poison(harm.cause, harm.outcome, group)
         return self._accounts.group(group, outcomes)
 
     def _apply(self, group: Group) -> list[Any]:
-        """Have the store run a group, as often as it takes; raises `_Fatal` when there is no point in going on."""
+        """Have the store run a group, as often as it takes; raises `Harm` when there is no point in going on."""
         assert self._store is not None
         deadline = 0.0
         pause = RETRY_SECONDS_MIN
@@ -260,32 +257,33 @@ class Worker:
             try:
                 outcomes = self._store.apply(group, self._now_ms())
             except OutcomeUnknown as error:
-                raise _Fatal(error.__cause__ or error, "unknown") from error
+                raise Harm(error.__cause__ or error, "unknown") from error
             except Corrupt as error:
-                raise _Fatal(error, "not applied") from error
+                raise Harm(error) from error
             except StorageError as error:
                 if not deadline:
                     deadline = monotonic() + self._stall_timeout
                     self._tally.state = "stalled"
                     log.warning("job %r stalls: %s", self._job_id, error)
                 if self._discards or monotonic() >= deadline:
-                    raise _Fatal(error, "not applied") from error
+                    raise Harm(error) from error
                 self._hurry.wait(min(pause, max(0.0, deadline - monotonic())))
                 pause = min(pause * 2, RETRY_SECONDS_MAX)
                 continue
             if deadline:
                 self._tally.state = "live"
                 log.warning("job %r goes on", self._job_id)
-            if _writes(group):
+            if writes(group):
                 self._tally.commit(perf_counter() - begun)
             return outcomes
 
     def _read_in_place(self, message: Any) -> Reply[Any]:
         assert self._store is not None
         try:
-            return ready(self._store.read(message, self._now_ms()))
+            outcome = self._store.read(message, self._now_ms())
         except StorageError as error:
             return ready(error=error)
+        return ready(error=outcome.error) if type(outcome) is Failed else ready(outcome)
 
     def _write_in_place(self, message: Any, ops: int) -> Reply[Any]:
         """Run one write request for a caller that holds the turn. Raises `StorageError` if nothing was applied."""
@@ -295,15 +293,15 @@ class Worker:
             outcome = self._store.apply([None, message, None], self._now_ms())[0]
         except OutcomeUnknown as error:
             reply: Reply[Any] = pending(self._mailbox, reads=False)
-            self._mailbox.decided(lambda: None, taken=ops)
+            self._mailbox.as_one(lambda _level: None, taken=ops)
             settle_all(self._poison(error.__cause__ or error, "unknown", [None, message, reply]))
             return reply
         except StorageError:
             raise
         except BaseException:
             # An interrupt: whether the message was committed before it came, its version tells.
-            done = self._store.status().last_version - before
-            self._accounts.count(done, 0, in_place=True)
+            if self._store.status().last_version != before:
+                self._accounts.count(ops, 0, in_place=True)
             raise
         if type(outcome) is Failed:
             self._accounts.count(0, ops, in_place=True)
@@ -313,37 +311,52 @@ class Worker:
         if ops:
             self._tally.commit(perf_counter() - begun)
             self._accounts.count(ops, 0, in_place=True)
-            if self._checkpointing is not None and self._checkpointing.checkpoint_due(idle=True):
-                # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
-                settle_all(self._checkpoint(self._checkpointing))
+        self._after_write_in_place()
         if type(message) is Barrier:
             reply = new_reply()
             return fill(reply, self._accounts.flushed(reply))
         return ready(outcome)
 
+    def _after_write_in_place(self) -> None:
+        assert self._upkeep is not None
+        if self._waiters:
+            settle_all(self._tell_waiters())
+        if self._upkeep.checkpoint_due():
+            # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
+            settle_all(self._keep_up(self._upkeep.checkpoint))
+        if not self._upkeep.is_planned():
+            self._mailbox.ring()
+
     # -- between turns -------------------------------------------------------------------------------------------
 
     def _look_after(self) -> None:
-        """Checkpoint, if it is time: in a turn of its own, because nobody's answer should wait for it."""
-        store = self._checkpointing
-        if store is None or not store.checkpoint_due(idle=not len(self._mailbox)):
-            return
-        token = object()
-        try:
-            answers = self._checkpoint(store) if self._mailbox.hold(token) else []
-        finally:
-            self._mailbox.give_back(token)
-        settle_all(answers)
+        """Do what the job has to do for itself: in turns of their own, because nobody's answer should wait for it."""
+        while self._upkeep is not None:
+            step = self._upkeep.next_step(reaps=not self._over)
+            if step is None:
+                return
+            token = object()
+            try:
+                if not self._mailbox.hold(token):
+                    return
+                answers = self._keep_up(step)
+            finally:
+                self._mailbox.give_back(token)
+            settle_all(answers)
 
-    def _checkpoint(self, store: Checkpointing) -> list[Answer]:
+    def _keep_up(self, step: Callable[[], None]) -> list[Answer]:
         try:
-            store.checkpoint()
-        except OutcomeUnknown as error:
-            return self._poison(error.__cause__ or error, "not applied", [])
-        except StorageError as error:
-            # Nothing is lost by it: the log only grows on until a later one gets through.
-            log.warning("job %r: %s", self._job_id, error)
-        return []
+            step()
+        except Harm as harm:
+            return self._poison(harm.cause, harm.outcome, [])
+        return self._tell_waiters()
+
+    def _tell_waiters(self) -> list[Answer]:
+        """Answer the requests that wait for changes, if there are some for them."""
+        store = self._store
+        if not self._waiters or store is None:
+            return []
+        return self._waiters.answer(lambda message: store.read(message, self._now_ms()))
 
     def _poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
         """Refuse everything from now on; fail the group and all that waits behind it."""
@@ -356,7 +369,8 @@ class Worker:
         log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
         self._tally.state = "poisoned"
         behind = self._mailbox.shut(refusal)
-        return self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
+        failed = self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
+        return failed + self._waiters.refuse(refusal())
 
     def _end(self) -> list[Answer]:
         error: BaseException | None = None
@@ -366,10 +380,11 @@ class Worker:
             except Exception as failure:
                 log.exception("job %r: the store couldn't be closed in order", self._job_id)
                 error = failure
-            self._store = self._checkpointing = None
+            self._store = self._upkeep = None
         self._over = self._ended = True
         self._tally.state = "closed"
-        answers: list[Answer] = [(self.closed, None, self._failures.take() or error)]
+        answers = self._waiters.refuse(Closed(f"job {self._job_id!r} is closed"))
+        answers.append((self.closed, None, self._failures.take() or error))
         return answers if self._retired is None else [*answers, (self._retired, None, None)]
 
     def _retire(self) -> list[Answer]:
@@ -378,14 +393,8 @@ class Worker:
         self._mailbox.unattend(self._serve_late)
         rest = self._mailbox.take_more()
         answers = self._decide(rest) if rest else []
-        if self._checkpointing is not None and self._tally.state != "poisoned":
-            self._checkpointing.settle()
+        if self._upkeep is not None and self._tally.state != "poisoned":
+            self._upkeep.settle()
         self._over = True
+        answers += self._waiters.refuse(Closed(f"job {self._job_id!r} ends with the interpreter"))
         return [*answers, (self._retired, None, None)]
-
-
-def _writes(group: Group) -> bool:
-    return any(
-        category is not None or operations(message)
-        for category, message in zip(group[::PLACES], group[1::PLACES], strict=True)
-    )

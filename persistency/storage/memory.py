@@ -2,160 +2,175 @@
 
 Rules:
   1. Same answers as any other adapter, to the byte; that is what the conformance suite and the mirror test hold.
-  2. Keys are sorted when somebody scans, not when somebody writes: a put is a dict assignment.
-  3. A batch is decided before its first write; only an interrupt in the middle of a group makes it undo anything.
+  2. Every change of a row is noted in `_undo` before it is made, so that a group, a batch or a run can be taken back.
+  3. A job whose rows don't end, without a quota and a feed, is not `_watched`: its puts keep no accounts.
+  4. The accounts (used bytes, ends, changes) of an interrupted group are made up anew, not taken back.
 
 Doesn't know: files, SQL, threads, futures, clocks.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
-from persistency.errors import Conflict
+from persistency.errors import Conflict, Misuse, QuotaExceeded
 from persistency.storage.files import file_name
+from persistency.storage.memory_rows import Accounts, AccountsMark, Row, Rows, Table, live
 from persistency.storage.port import (
     PLACES,
+    READS,
     Barrier,
     Batch,
-    CountRange,
     DropRange,
     DropRow,
     Expect,
     Failed,
-    GetEntry,
-    GetRow,
-    GetRows,
     Group,
-    HasRow,
     LastVersion,
-    ListCategories,
+    ListChanges,
+    Run,
     ScanRange,
+    SetRow,
     Status,
+    StoredChange,
     StoredJob,
-    StoredRow,
     StoreOptions,
+    SwapRow,
+    TouchRow,
+    UsedBytes,
 )
 
-_Row: TypeAlias = tuple[bytes, int, int | None]  # payload, version, expires_ms
-_INSORT_MAX = 64  # up to so many new keys are sorted in one by one, beyond that all at once
+_WITHIN = READS | {SetRow, DropRow, DropRange, SwapRow, TouchRow, Batch, Run}  # what a run's function may do
 
 
-class _Category:
-    """The rows of one category: a dict for points, and a list of its keys that is sorted on demand."""
+class _Mark(NamedTuple):
+    """Where a store stands, to come back to."""
 
-    __slots__ = ("_fresh", "_sorted", "rows")
-
-    def __init__(self) -> None:
-        self.rows: dict[bytes, _Row] = {}
-        self._sorted: list[bytes] = []
-        self._fresh: list[bytes] = []
-
-    def put(self, key: bytes, row: _Row) -> None:
-        if key not in self.rows:
-            self._fresh.append(key)
-        self.rows[key] = row
-
-    def restore(self, key: bytes, row: _Row | None) -> None:
-        """Put back what was there, `None` for nothing; the keys are sorted anew when somebody scans."""
-        self.rows.pop(key, None)
-        if row is not None:
-            self.rows[key] = row
-        self._sorted, self._fresh = [], list(self.rows)
-
-    def remove(self, keys: list[bytes]) -> None:
-        self.keys()
-        for key in keys:
-            del self.rows[key]
-        if len(keys) == 1:
-            del self._sorted[bisect_left(self._sorted, keys[0])]
-        else:
-            self._sorted = [key for key in self._sorted if key in self.rows]
-
-    def keys(self) -> list[bytes]:
-        if len(self._fresh) <= _INSORT_MAX:
-            for key in self._fresh:
-                insort(self._sorted, key)
-        else:
-            self._sorted += self._fresh
-            self._sorted.sort()
-        self._fresh.clear()
-        return self._sorted
-
-    def span(self, start: bytes, stop: bytes | None) -> list[bytes]:
-        keys = self.keys()
-        end = len(keys) if stop is None else bisect_left(keys, stop)
-        return keys[bisect_left(keys, start) : end]
+    undo: int
+    version: int
+    accounts: AccountsMark
 
 
-def _live(row: _Row | None, now_ms: int) -> bool:
-    return row is not None and (row[2] is None or now_ms < row[2])
+class _Within:
+    """The rows as the function of a `Run` sees them; one for all runs of a store, as inner ones see outer ones."""
+
+    __slots__ = ("do", "version")
+
+    def __init__(self, do: Callable[[Any], Any]) -> None:
+        self.do = do
+        self.version = 0
 
 
 class MemoryStore:
-    """A job's rows in dicts. Options make no difference: memory survives neither process nor power."""
+    """A job's rows in dicts. Durability makes no difference: memory survives neither process nor power."""
 
     reads_in_place = True
 
     def __init__(self, options: StoreOptions) -> None:
         self.options = options
-        self._categories: dict[bytes, _Category] = {}
+        self.next_expiry_ms: int | None = None
+        self._table = Table()
         self._version = 0
-        self._now_ms = 0
-        self._undo: list[tuple[bytes, bytes, _Row | None]] = []  # what the group in hand has changed
+        self._undo: list[tuple[bytes, bytes, Row | None]] = []  # what the group in hand has changed
+        self._accounts = Accounts(self._table, options)
+        self._watched = self._accounts.always
+        self._limit = options.max_bytes  # what a single write is held to: inside a batch or a run, nothing
+        self._within = _Within(self._do)
         self._answers: dict[type, Callable[[Any], Any]] = {
-            Batch: self._batch,
-            Expect: self._expect,
+            **self._table.answers,
+            SetRow: lambda message: self._write(*message[:4]),
             DropRow: self._drop_row,
             DropRange: self._drop_range,
-            GetRow: self._get_row,
-            HasRow: lambda message: self._row(message.category, message.key) is not None,
-            GetEntry: self._get_entry,
-            GetRows: self._get_rows,
-            ScanRange: self._scan,
-            CountRange: self._count,
-            ListCategories: self._list_categories,
+            SwapRow: self._swap_row,
+            TouchRow: self._touch_row,
+            Expect: self._expect,
+            Batch: self._batch,
+            Run: self._run,
+            UsedBytes: self._used_bytes,
+            ListChanges: self._list_changes,
             LastVersion: lambda _message: self._version,
             Barrier: lambda _message: None,
         }
 
+    # -- the port ------------------------------------------------------------------------------------------------
+
     def apply(self, group: Group, now_ms: int) -> list[Any]:
         """Run a group; see the port."""
-        self._now_ms = now_ms
-        before, self._undo = self._version, []
-        try:
-            return list(self._each(group))
-        except BaseException:  # an interrupt, or no memory: then nothing of the group was applied
-            for category, key, row in reversed(self._undo):
-                self._categories[category].restore(key, row)
-            self._version = before
-            raise
+        return self._transaction(lambda: list(self._each(group)), now_ms)
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return the payload of a live row, or `None`."""
-        self._now_ms = now_ms
-        return self._get_row(GetRow(category, key))
+        self._table.now_ms = now_ms
+        return self._table.payload(category, key)
 
     def scan(self, span: ScanRange, now_ms: int) -> list[tuple[bytes, bytes]]:
         """Return the live rows of a range."""
-        self._now_ms = now_ms
-        return self._scan(span)
+        self._table.now_ms = now_ms
+        return self._table.scan(span)
 
     def read(self, message: Any, now_ms: int) -> Any:
         """Answer one read message."""
-        self._now_ms = now_ms
+        self._table.now_ms = now_ms
         return self._answers[type(message)](message)
+
+    def reap(self, now_ms: int, limit: int) -> int:
+        """Take at most `limit` rows away that are no longer live; return how many there were."""
+        self._table.now_ms = now_ms
+        return len(self._transaction(lambda: self._reap(limit), now_ms)) if self._watched else 0
 
     def status(self) -> Status:
         """Return the numbers; there is no log."""
-        return Status(self._version, 0)
+        return Status(self._version, 0, self._table.now_ms)
 
     def close(self, *, tidy: bool = True) -> None:  # noqa: ARG002  # there is nothing to tidy up
         """Forget everything."""
-        self._categories.clear()
+        self._table.categories.clear()
+        self._accounts = Accounts(self._table, self.options)
+
+    # -- transactions --------------------------------------------------------------------------------------------
+
+    def _transaction(self, run: Callable[[], list[Any]], now_ms: int) -> list[Any]:
+        self._table.now_ms = now_ms
+        self._undo = []
+        self._limit = self.options.max_bytes  # an interrupt may have come before it was put back
+        if self._watched:
+            self._accounts.advance()
+            if self._accounts.changes is not None:
+                self._accounts.changes.forget()
+        mark = self._mark()
+        try:
+            answer = run()
+            if self._watched:
+                self._settle()
+            return answer
+        except BaseException:  # an interrupt, or no memory: then nothing of the group was applied
+            self._take_back(mark)
+            if self._watched:
+                self._accounts.recount()
+                self._settle()
+            raise
+
+    def _mark(self) -> _Mark:
+        return _Mark(len(self._undo), self._version, self._accounts.mark())
+
+    def _take_back(self, mark: _Mark) -> None:
+        """Undo what was done since the mark, the newest first."""
+        for category, key, row in reversed(self._undo[mark.undo :]):
+            self._table.categories[category].restore(key, row)
+            if row is not None:
+                self._note_end(category, key, row)
+        del self._undo[mark.undo :]
+        self._version = mark.version
+        self._accounts.back_to(mark.accounts)
+
+    def _settle(self) -> None:
+        """Do what is due at the end of a group."""
+        self.next_expiry_ms = self._accounts.ends.first_ms()
+        self._watched = self._accounts.always or self.next_expiry_ms is not None
+        if self._accounts.changes is not None:
+            self._accounts.changes.trim()
 
     def _each(self, group: Group) -> Iterator[Any]:
         places = iter(group)
@@ -163,87 +178,178 @@ class MemoryStore:
             if category is None:
                 yield self._answers[type(key)](key)
             else:
-                self._put(category, key, payload)
-                yield None
-
-    def _put(self, category: bytes, key: bytes, payload: bytes) -> None:
-        self._version += 1
-        rows = self._categories.get(category)
-        if rows is None:
-            rows = self._categories[category] = _Category()
-        self._undo.append((category, bytes(key), rows.rows.get(key)))
-        rows.put(bytes(key), (payload, self._version, None))
+                yield self._put(category, key, payload)
 
     def _batch(self, batch: Batch) -> int | Failed:
         for message in batch.items[1::PLACES] if batch.expects else ():
             if type(message) is Expect:
-                row = self._row(message.category, message.key)
+                row = self._table.row(message.category, message.key)
                 actual = None if row is None else row[1]
                 if actual != message.version:
                     return Failed(Conflict(message.key, message.version, actual))
-        for _ in self._each(batch.items):
-            pass
-        return self._version
+        mark = self._mark()
+        limit, self._limit = self._limit, None
+        try:
+            for _ in self._each(batch.items):
+                pass
+        finally:
+            self._limit = limit
+        return self._refusal(limit, mark) or self._version
+
+    def _run(self, run: Run) -> Any:
+        mark = self._mark()
+        limit, self._limit = self._limit, None
+        self._within.version = self._version
+        try:
+            answer = run.fn(self._within)
+        except BaseException as error:  # even an interrupt is the function's own outcome
+            self._take_back(mark)
+            return Failed(error)
+        finally:
+            self._limit = limit
+        return self._refusal(limit, mark) or answer
+
+    def _do(self, message: Any) -> Any:
+        """Run one message of a `Run`'s function; raise what it fails with, everything of it undone."""
+        if type(message) not in _WITHIN:
+            raise Misuse(f"a run's function can't do {message!r}", hint="Reads, writes, batches and runs only.")
+        mark = self._mark()
+        try:
+            outcome = self._answers[type(message)](message)
+        except BaseException:
+            self._take_back(mark)
+            raise
+        finally:
+            self._within.version = self._version
+        if type(outcome) is Failed:
+            raise outcome.error
+        return outcome
+
+    def _refusal(self, limit: int | None, mark: _Mark) -> Failed | None:
+        """Judge what was done since the mark as a whole, and undo it if it takes the job over its quota."""
+        used = self._accounts.used
+        if limit is None or used <= limit or used <= mark.accounts.used:
+            return None
+        self._take_back(mark)
+        return Failed(QuotaExceeded(used, limit))
+
+    # -- writes --------------------------------------------------------------------------------------------------
+
+    def _put(self, category: bytes, key: bytes, payload: bytes) -> Failed | None:
+        if self._watched:
+            return self._write(category, key, payload, None)
+        self._version += 1
+        rows = self._table.categories.get(category)
+        if rows is None:
+            rows = self._table.categories[category] = Rows()
+        self._undo.append((category, bytes(key), rows.rows.get(key)))
+        rows.put(bytes(key), (payload, self._version, None))
+        return None
+
+    def _write(self, category: bytes, key: bytes, payload: bytes, expires_ms: int | None) -> Failed | None:
+        key, row = bytes(key), (payload, self._version + 1, expires_ms)
+        accounts, old = self._accounts, self._table.of(category).rows.get(key)
+        used = accounts.used - accounts.counted(old) + accounts.counted(row)
+        if self._limit is not None and accounts.used < used > self._limit:
+            return Failed(QuotaExceeded(used, self._limit))
+        self._version += 1
+        self._replace(category, key, row)
+        accounts.tell(self._version, "put", category, key, payload)
+        return None
+
+    def _replace(self, category: bytes, key: bytes, row: Row) -> None:
+        """Put a row in the place of what is there, if anything is."""
+        rows = self._table.categories[category]
+        old = rows.rows.get(key)
+        self._undo.append((category, key, old))
+        rows.put(key, row)
+        self._accounts.used += self._accounts.counted(row) - self._accounts.counted(old)
+        self._note_end(category, key, row)
+
+    def _note_end(self, category: bytes, key: bytes, row: Row) -> None:
+        if row[2] is not None:
+            self._watched = True
+            self._accounts.ends.add(category, key, row[2], self._table.now_ms)
+
+    def _remove(self, category: bytes, keys: list[bytes]) -> int:
+        """Remove the rows of these keys; return how many were live. Where changes are kept, the dead ones stay."""
+        rows = self._table.categories[category]
+        alive = 0
+        for key in keys:
+            row = rows.rows[key]
+            ended = not live(row, self._table.now_ms)
+            if ended and self._accounts.changes is not None:
+                continue  # reaping it will tell
+            self._undo.append((category, key, row))
+            rows.remove(key)
+            self._accounts.used -= self._accounts.counted(row)
+            alive += not ended
+        return alive
+
+    def _drop_row(self, message: DropRow) -> bool:
+        self._version += 1
+        rows = self._table.categories.get(message.category)
+        if rows is None or message.key not in rows.rows:
+            return False
+        was_live = self._remove(message.category, [bytes(message.key)]) == 1
+        if was_live:
+            self._accounts.tell(self._version, "delete", message.category, bytes(message.key))
+        return was_live
+
+    def _drop_range(self, message: DropRange) -> int:
+        self._version += 1
+        rows = self._table.categories.get(message.category)
+        if rows is None:
+            return 0
+        count = self._remove(message.category, rows.span(message.start, message.stop))
+        if count:
+            stop = None if message.stop is None else bytes(message.stop)
+            self._accounts.tell(self._version, "delete_range", message.category, bytes(message.start), stop=stop)
+        return count
+
+    def _swap_row(self, message: SwapRow) -> bool | Failed:
+        category, key, expected, payload, expires_ms = message
+        if self._table.payload(category, key) != expected:
+            return False
+        if payload is None:
+            self._drop_row(DropRow(category, key))
+            return True
+        return self._write(category, key, payload, expires_ms) or True
+
+    def _touch_row(self, message: TouchRow) -> bool:
+        row = self._table.row(message.category, message.key)
+        if row is None:
+            return False
+        self._version += 1
+        self._replace(message.category, bytes(message.key), (row[0], row[1], message.expires_ms))
+        return True
 
     def _expect(self, _message: Expect) -> None:
         self._version += 1  # its batch has looked already; like every operation it takes a version
 
-    def _row(self, category: bytes, key: bytes) -> _Row | None:
-        rows = self._categories.get(category)
-        row = None if rows is None else rows.rows.get(key)
-        return row if _live(row, self._now_ms) else None
+    def _reap(self, limit: int) -> list[Any]:
+        ended = self._accounts.ends.take(limit)
+        for _, category, key in ended:
+            rows = self._table.categories[category]
+            self._undo.append((category, key, rows.rows[key]))
+            rows.remove(key)
+            if self._accounts.changes is not None:
+                self._version += 1
+                self._accounts.tell(self._version, "expire", category, key)
+        return ended
 
-    def _drop_row(self, message: DropRow) -> bool:
-        self._version += 1
-        rows = self._categories.get(message.category)
-        if rows is None or message.key not in rows.rows:
-            return False
-        live = _live(rows.rows[message.key], self._now_ms)
-        self._undo.append((message.category, message.key, rows.rows[message.key]))
-        rows.remove([message.key])
-        return live
+    # -- reads beside the table's ----------------------------------------------------------------------------------
 
-    def _drop_range(self, message: DropRange) -> int:
-        self._version += 1
-        rows = self._categories.get(message.category)
-        if rows is None:
-            return 0
-        doomed = rows.span(message.start, message.stop)
-        live = sum(_live(rows.rows[key], self._now_ms) for key in doomed)
-        self._undo += ((message.category, key, rows.rows[key]) for key in doomed)
-        rows.remove(doomed)
-        return live
+    def _used_bytes(self, _message: UsedBytes) -> int:
+        if self.options.max_bytes is None:
+            return self._table.live_bytes()
+        self._accounts.advance()
+        return self._accounts.used
 
-    def _get_row(self, message: GetRow) -> bytes | None:
-        row = self._row(message.category, message.key)
-        return None if row is None else row[0]
-
-    def _get_entry(self, message: GetEntry) -> StoredRow | None:
-        row = self._row(message.category, message.key)
-        return None if row is None else StoredRow(bytes(message.key), *row)
-
-    def _get_rows(self, message: GetRows) -> list[tuple[bytes, bytes]]:
-        found = ((key, self._row(message.category, key)) for key in message.keys)
-        return [(key, row[0]) for key, row in found if row is not None]
-
-    def _live_rows(self, category: bytes, start: bytes, stop: bytes | None) -> list[tuple[bytes, bytes]]:
-        rows = self._categories.get(category)
-        if rows is None:
-            return []
-        return [(key, rows.rows[key][0]) for key in rows.span(start, stop) if _live(rows.rows[key], self._now_ms)]
-
-    def _scan(self, span: ScanRange) -> list[tuple[bytes, bytes]]:
-        rows = self._live_rows(span.category, span.start, span.stop)
-        if span.reverse:
-            rows.reverse()
-        del rows[len(rows) if span.limit is None else span.limit :]
-        return [(key, b"") for key, _ in rows] if span.keys_only else rows
-
-    def _count(self, message: CountRange) -> int:
-        return len(self._live_rows(message.category, message.start, message.stop))
-
-    def _list_categories(self, _message: ListCategories) -> list[bytes]:
-        return sorted(category for category in self._categories if self._live_rows(category, b"", None))
+    def _list_changes(self, message: ListChanges) -> list[StoredChange] | Failed:
+        if self._accounts.changes is None:
+            return Failed(Misuse("this job keeps no changes", hint="Open it with feed_changes_max."))
+        return self._accounts.changes.since(message.after, message.limit)
 
 
 class MemoryRoot:

@@ -4,7 +4,9 @@ Format 2 (`PRAGMA user_version`), readable by any SQLite tool:
 
     kv       one row per key: category, key, payload, version of its last write, expires_ms or NULL
     meta     by name: job_id (the true id), last_version, clean (1: closed in order), syncs (a counter that
-             a sync barrier changes, because an unchanged page would not be written)
+             a sync barrier changes, because an unchanged page would not be written); latest_ms where rows have an end,
+             used_bytes and used_ms where there is a quota, changes_dropped where there is a change log
+    changes  where a job was opened to keep its changes: one row for each, by version
 
 Format 1 is the Nim original's: kv without version and expires_ms, no meta. It is migrated in place.
 
@@ -53,6 +55,15 @@ CREATE INDEX kv_expires ON kv (expires_ms) WHERE expires_ms IS NOT NULL;
 CREATE TABLE meta (name TEXT NOT NULL PRIMARY KEY, value) WITHOUT ROWID;
 INSERT INTO meta VALUES ('last_version', 0), ('clean', 1), ('syncs', 0);
 """
+_CHANGES = """
+CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category BLOB NOT NULL, key BLOB NOT NULL,
+                      payload BLOB, stop BLOB);
+"""
+NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+NOTE_OF_VERSION = (
+    "INSERT INTO meta SELECT ?, value FROM meta WHERE name = 'last_version'"
+    " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+)
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
 
@@ -60,12 +71,22 @@ MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2
 _COLUMNS_1 = [("category", "BLOB", 1, 1), ("key", "BLOB", 1, 2), ("payload", "BLOB", 1, 0)]
 _COLUMNS_2 = [*_COLUMNS_1, ("version", "INTEGER", 1, 0), ("expires_ms", "INTEGER", 0, 0)]
 _COLUMNS_META = [("name", "TEXT", 1, 1), ("value", "", 0, 0)]
+_COLUMNS_CHANGES = [
+    ("version", "INTEGER", 0, 1),
+    ("kind", "TEXT", 1, 0),
+    ("category", "BLOB", 1, 0),
+    ("key", "BLOB", 1, 0),
+    ("payload", "BLOB", 0, 0),
+    ("stop", "BLOB", 0, 0),
+]
 _OBJECTS = {1: {("table", "kv")}, 2: {("table", "kv"), ("index", "kv_expires"), ("table", "meta")}}
 _COLUMNS = {1: {"kv": _COLUMNS_1}, 2: {"kv": _COLUMNS_2, "meta": _COLUMNS_META}}
+_OPTIONAL = {"changes": _COLUMNS_CHANGES}  # in the current format
 # What a definition may consist of: nothing that computes, compares in another way, or forbids (CHECK, COLLATE, UNIQUE).
 _WORDS = frozenset(
     ["create", "table", "index", "on", "where", "is", "not", "null", "default", "0", "primary", "without", "rowid"]
     + ["kv", "kv_expires", "meta", "category", "key", "payload", "version", "expires_ms", "name", "value"]
+    + ["changes", "kind", "stop"]
     + ["blob", "integer", "text", "(", ")", ",", '"', "`", "[", "]"]
 )
 
@@ -214,16 +235,12 @@ def _recognise(connection: apsw.Connection, path: Path) -> int:
         "SELECT type, name, sql FROM sqlite_schema"
         " WHERE type <> 'table' OR name NOT IN ('sqlite_stat1', 'sqlite_stat4')"
     ).fetchall()
-    objects = {(kind, name) for kind, name, _ in definitions}
+    optional = {("table", name) for name in _OPTIONAL if found == FORMAT}
+    objects = {(kind, name) for kind, name, _ in definitions} - optional
     if found == 0 and not definitions and size(path) != 1:  # SQLite takes a file of one byte for an empty one
         return 0
     strange = sorted(f"{kind} {name}" for kind, name in objects - _OBJECTS.get(found, set()))
-    if (
-        found <= 0
-        or strange
-        or len(definitions) != len(_OBJECTS[found])
-        or not _as_defined(connection, found, definitions)
-    ):
+    if found <= 0 or strange or objects != _OBJECTS[found] or not _as_defined(connection, found, definitions):
         raise Corrupt(
             f"{str(path)!r} isn't a job's file: format {found}, "
             + (f"has {', '.join(strange)}" if strange else "other columns"),
@@ -235,13 +252,14 @@ def _recognise(connection: apsw.Connection, path: Path) -> int:
 def _as_defined(connection: apsw.Connection, found: int, definitions: list[tuple[Any, ...]]) -> bool:
     """Return whether the tables of a file have a format's columns, and nothing else is in any definition."""
     words = [re.findall(r"\w+|\S", str(sql).lower()) for _, _, sql in definitions]
+    tables = _COLUMNS[found] | {name: _OPTIONAL[name] for _, name, _ in definitions if name in _OPTIONAL}
     columns = {
         table: connection.execute(
             'SELECT name, type, "notnull", pk FROM pragma_table_xinfo(?) ORDER BY cid', (table,)
         ).fetchall()
-        for table in _COLUMNS[found]
+        for table in tables
     }
-    return columns == _COLUMNS[found] and _WORDS.issuperset(chain(*words))
+    return columns == tables and _WORDS.issuperset(chain(*words))
 
 
 def _set_up(connection: apsw.Connection, path: Path, durability: Durability) -> None:
@@ -268,6 +286,17 @@ def migrate(connection: apsw.Connection, found: int) -> None:
         raise
     # The tables must not hang on a log file alone: without it there would be nothing to read.
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+
+def keep_changes(connection: apsw.Connection, *, afresh: bool) -> None:
+    """Give a file its table of changes; `afresh` without those it has, because there is a gap behind them."""
+    there = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'changes'").fetchone()
+    if there and not afresh:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("DELETE FROM changes" if there else _CHANGES)
+    connection.execute(NOTE_OF_VERSION, ("changes_dropped",))
+    connection.execute("COMMIT")
 
 
 def is_format_1(path: Path, vfs: str | None = None) -> bool:
@@ -309,9 +338,9 @@ def check_job_id(connection: apsw.Connection, job_id: str, path: Path, *, write:
 def read_meta(connection: apsw.Connection) -> dict[str, int]:
     """Return the numbers in a file's meta table. Raises `Corrupt` if the last version isn't one."""
     try:
-        stored = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('last_version', 'clean')"))
+        stored = dict(connection.execute("SELECT name, value FROM meta WHERE name <> 'job_id'"))
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, "can't read the last version") from error
     if not isinstance(stored.get("last_version"), int):
         raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
-    return stored
+    return {name: value for name, value in stored.items() if isinstance(value, int)}

@@ -22,52 +22,27 @@ import apsw
 
 from persistency.errors import StorageError
 from persistency.storage import schema
+from persistency.storage.changes import DROPPED, Changes
+from persistency.storage.group import OWN_FAULTS, Groups, ReadFault
 from persistency.storage.port import (
     PLACES,
     READS,
     Barrier,
-    Batch,
-    Expect,
     Failed,
-    GetRow,
     Group,
     OutcomeUnknown,
+    Reap,
     ScanRange,
     Status,
     StoreOptions,
 )
-from persistency.storage.table import POINT, Table
+from persistency.storage.quota import USED, USED_MS, Quota, count_used
+from persistency.storage.table import LATEST_MS, POINT, Table
 
 log = logging.getLogger("persistency.storage")
 
 CHECKPOINT_IDLE_PAGES = 4_000  # with nobody waiting
 CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
-
-# What a message can be guilty of by itself; anything else that is raised is the environment's fault.
-_OWN_FAULTS = (
-    apsw.TooBigError,
-    apsw.NoMemError,
-    apsw.ConstraintError,
-    apsw.MismatchError,
-    apsw.RangeError,
-    MemoryError,
-    OverflowError,
-    TypeError,
-    ValueError,
-)
-
-# What is wrong with writing, even when it is a read that meets it.
-_WRITE_FAULTS = (apsw.FullError, apsw.ReadOnlyError)
-_WRITE_CODES = (apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_TRUNCATE)
-
-
-class _ReadFault(Exception):
-    """A read broke the transaction it stood in; the group is run again without it."""
-
-    def __init__(self, at: int, error: StorageError) -> None:
-        super().__init__(at, error)
-        self.at = at
-        self.error = error
 
 
 class SqliteStore:
@@ -81,16 +56,15 @@ class SqliteStore:
         self.options = options
         self._connection = connection
         self._release = release
-        self._table = Table(connection, stored["last_version"])
+        try:
+            self._table = Table(connection, stored["last_version"], stored.get(LATEST_MS, 0))
+            self._outdated = keep_beside(connection, self._table, options, stored)
+        except (apsw.Error, UnicodeDecodeError) as error:
+            raise schema.translated(error, "can't read what is kept beside the rows") from error
+        self._groups = Groups(connection, self._table)
         self._execute = self._table.execute
         self._clean = stored.get("clean") == 1
         self._wal_pages = 0
-        self._answers: dict[type, Callable[[Any], Any]] = {
-            **self._table.answers,
-            Batch: self._batch,
-            Expect: self._expect,
-            Barrier: lambda _message: None,
-        }
         connection.set_wal_hook(self._on_commit)
 
     # -- the port ------------------------------------------------------------------------------------------------
@@ -99,16 +73,16 @@ class SqliteStore:
         """Run a group in one transaction; see the port."""
         self._table.now_ms = now_ms
         refused: dict[int, Failed] = {}
-        run = self._run
+        run = self._groups.together
         while True:
             try:
                 return self._transaction(group, run, refused)
-            except _ReadFault as fault:
+            except ReadFault as fault:
                 refused[fault.at] = Failed(fault.error)
-            except (apsw.Error, *_OWN_FAULTS) as error:
-                if run == self._run_apart or not isinstance(error, _OWN_FAULTS):
+            except (apsw.Error, *OWN_FAULTS) as error:
+                if run == self._groups.apart or not isinstance(error, OWN_FAULTS):
                     raise schema.translated(error, "a group of writes failed") from error
-                run = self._run_apart
+                run = self._groups.apart
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return the payload of a live row, or `None`."""
@@ -119,10 +93,14 @@ class SqliteStore:
             row = self._execute(POINT, (category, key)).fetchone()
         except apsw.Error as error:
             raise self._read_failed(error) from error
-        if row is None or (row[1] is not None and row[1] <= now_ms):
+        if row is None or (row[1] is not None and self._has_ended(row[1], now_ms)):
             return None
         payload: bytes = row[0]
         return payload
+
+    def _has_ended(self, expires_ms: int, now_ms: int) -> bool:
+        self._table.now_ms = now_ms  # what somebody was told has ended must have, whenever the job is opened again
+        return expires_ms <= now_ms
 
     def scan(self, span: ScanRange, now_ms: int) -> list[tuple[bytes, bytes]]:
         """Return the live rows of a range."""
@@ -134,13 +112,23 @@ class SqliteStore:
         self._table.now_ms = now_ms
         try:
             self._begin_read()
-            return self._answers[type(message)](message)
+            return self._groups.answer(message)
         except apsw.Error as error:
             raise self._read_failed(error) from error
 
+    @property
+    def next_expiry_ms(self) -> int | None:
+        """No row ends before this."""
+        return self._table.next_expiry_ms
+
+    def reap(self, now_ms: int, limit: int) -> int:
+        """Take rows away that have ended, in a transaction like any group's."""
+        outcome: int = self.apply([None, Reap(limit), None], now_ms)[0]
+        return outcome
+
     def status(self) -> Status:
         """Return the numbers."""
-        return Status(self._table.version, self._wal_pages * schema.PAGE_BYTES)
+        return Status(self._table.version, self._wal_pages * schema.PAGE_BYTES, self._table.now_ms)
 
     def checkpoint_due(self, *, idle: bool) -> bool:
         """Say whether the log has grown past its limit."""
@@ -162,9 +150,12 @@ class SqliteStore:
         """Mark the file as closed in order and carry the whole log over."""
         try:
             self._end_read()
-            if not self._clean:
+            ends = self._table.next_expiry_ms is not None
+            if not self._clean or ends:
                 self._execute("BEGIN IMMEDIATE")
                 self._execute("UPDATE meta SET value = 1 WHERE name = 'clean'")
+                if ends:
+                    self._execute(schema.NOTE, (LATEST_MS, self._table.now_ms))
                 self._execute("COMMIT")
                 self._clean = True
             if self._wal_pages:
@@ -190,7 +181,7 @@ class SqliteStore:
     # -- transactions --------------------------------------------------------------------------------------------
 
     def _transaction(self, group: Group, run: Callable[..., list[Any]], refused: dict[int, Failed]) -> list[Any]:
-        before = self._table.version
+        before = self._table.mark()
         writes, sync = _intent(group)
         sync = sync and self.options.durability == "process"  # with "power" every commit is synced already
         if not writes and not sync:
@@ -201,26 +192,35 @@ class SqliteStore:
             if sync:
                 self._connection.pragma("synchronous", "full")
             self._execute("BEGIN IMMEDIATE")
+            self._table.tell(self._table.now_ms)
             outcomes = run(group, refused)
-            self._commit(before, sync=sync)
+            self._commit(before.version, writes=writes, sync=sync)
             return outcomes
         except BaseException:
             self._roll_back()
             # An interrupt may come after COMMIT has happened, so the file is asked.
-            self._table.version = self._stored_version(before)
-            self._clean = self._clean and self._table.version == before
+            stored = self._stored_version(before.version)
+            if stored == before.version:
+                self._table.back_to(before)
+            self._table.version = stored
+            self._clean = self._clean and stored == before.version
             raise
         finally:
             if sync:
                 with contextlib.suppress(apsw.Error):
                     self._connection.pragma("synchronous", "normal")
 
-    def _commit(self, before: int, *, sync: bool) -> None:
+    def _commit(self, before: int, *, writes: bool, sync: bool) -> None:
+        if writes:
+            for note in self._table.notes().items():
+                self._execute(schema.NOTE, note)
+            for name in self._outdated:
+                self._execute("DELETE FROM meta WHERE name = ?", (name,))
+            if self._clean:
+                self._execute("UPDATE meta SET value = 0 WHERE name = 'clean'")
         version = self._table.version
         if version != before:
             self._execute("UPDATE meta SET value = ? WHERE name = 'last_version'", (version,))
-            if self._clean:
-                self._execute("UPDATE meta SET value = 0 WHERE name = 'clean'")
         if sync:
             # A page must change, or nothing is written and nothing synced.
             self._execute("UPDATE meta SET value = value + 1 WHERE name = 'syncs'")
@@ -229,7 +229,9 @@ class SqliteStore:
         except apsw.Error as error:
             if self._connection.in_transaction or not self._happened(error, before):
                 raise
-        self._clean = self._clean and version == before
+        self._clean = self._clean and not writes
+        if writes and self._outdated:
+            self._outdated = ()
 
     def _happened(self, error: apsw.Error, before: int) -> bool:
         """After a COMMIT that raised and left no transaction open: find out whether it happened all the same."""
@@ -274,86 +276,27 @@ class SqliteStore:
         self._wal_pages = pages
         return apsw.SQLITE_OK
 
-    # -- running a group -----------------------------------------------------------------------------------------
 
-    def _run(self, group: Group, refused: dict[int, Failed]) -> list[Any]:
-        """Run a group's messages in order inside the open transaction, consecutive puts together."""
-        outcomes: list[Any] = [None] * (len(group) // PLACES)
-        if None not in group[::PLACES]:
-            self._table.write(group)
-            return outcomes
-        rows: Group = []  # puts not yet written
-        recent: dict[tuple[bytes, bytes], bytes] = {}  # the payloads in their first `seen` places
-        seen = 0
-        for at, place in enumerate(range(0, len(group), PLACES)):
-            category, message = group[place], group[place + 1]
-            kind = type(message)
-            if category is not None:
-                rows += (category, message, group[place + 2])
-                continue
-            if kind is GetRow and rows:
-                # Answered from the puts before it, so that pipelined puts and gets still share statements.
-                for row in range(seen, len(rows), PLACES):
-                    recent[rows[row], rows[row + 1]] = rows[row + 2]
-                seen = len(rows)
-                outcomes[at] = recent.get((message.category, message.key))
-                if outcomes[at] is not None:
-                    continue
-            elif kind is Batch and None not in message.items[::PLACES]:
-                rows += message.items
-                outcomes[at] = self._table.version + len(rows) // PLACES
-                continue
-            elif rows:
-                self._table.write(rows)
-                rows, recent, seen = [], {}, 0
-            outcomes[at] = refused[at] if at in refused else self._answer(message, kind, at)
-        self._table.write(rows)
-        return outcomes
+def keep_beside(
+    connection: apsw.Connection, table: Table, options: StoreOptions, stored: dict[str, int]
+) -> tuple[str, ...]:
+    """Give a table the quota and the change log its job is opened with.
 
-    def _answer(self, message: Any, kind: type, at: int) -> Any:
-        if kind not in READS:
-            return self._answers[kind](message)
-        try:
-            return self._answers[kind](message)
-        except apsw.Error as error:
-            if isinstance(error, _WRITE_FAULTS) or getattr(error, "extendedresult", 0) in _WRITE_CODES:
-                raise  # there was no room to read into: the group's own pages had to be written first
-            fault = schema.translated(error, "a read failed")
-            if self._connection.in_transaction:
-                return Failed(fault)
-            raise _ReadFault(at, fault) from error
-
-    def _run_apart(self, group: Group, refused: dict[int, Failed]) -> list[Any]:
-        """Run each message in a savepoint of its own, so that one that can't be stored is undone alone."""
-        outcomes: list[Any] = []
-        for at in range(len(group) // PLACES):
-            message = group[at * PLACES : (at + 1) * PLACES]
-            before = self._table.version
-            self._execute("SAVEPOINT message")
-            try:
-                outcome = self._run(message, {0: refused[at]} if at in refused else {})[0]
-            except _ReadFault as fault:
-                raise _ReadFault(at, fault.error) from fault
-            except _OWN_FAULTS as error:
-                self._execute("ROLLBACK TO message")
-                self._table.version = before
-                outcome = Failed(schema.translated(error, "it can't be stored"))
-            self._execute("RELEASE message")
-            outcomes.append(outcome)
-        return outcomes
-
-    def _batch(self, batch: Batch) -> int | Failed:
-        if batch.expects:
-            for message in batch.items[1::PLACES]:
-                if type(message) is Expect:
-                    conflict = self._table.conflict(message)
-                    if conflict is not None:
-                        return Failed(conflict)
-        self._run(batch.items, {})
-        return self._table.version
-
-    def _expect(self, _message: Expect) -> None:
-        self._table.version += 1  # its batch has looked already; like every operation it takes a version
+    Returns the names of the notes that the first write without them makes wrong.
+    """
+    outdated = []
+    if options.max_bytes is not None:
+        used_ms = stored.get(USED_MS, table.now_ms)
+        used = stored[USED] if USED in stored else count_used(table.execute, used_ms)
+        table.quota = Quota(table.execute, options.max_bytes, used, used_ms)
+    elif USED in stored:
+        outdated.append(USED)
+    if options.feed_changes_max:
+        schema.keep_changes(connection, afresh=DROPPED not in stored)
+        table.changes = Changes(table.execute, options.feed_changes_max, stored.get(DROPPED, table.version))
+    elif DROPPED in stored:
+        outdated.append(DROPPED)
+    return tuple(outdated)
 
 
 def _intent(group: Group) -> tuple[bool, bool]:

@@ -2,116 +2,107 @@
 
 Rules:
   1. No statement begins or ends a transaction; whoever calls has one open.
-  2. Consecutive plain puts are written by one statement; big runs of them in key order, because a B-tree takes
-     neighbours together. Versions still follow the order of arrival.
-  3. Every operation moves `version` on by one, whether it changed a row or not.
-  4. A row is live if and only if now_ms < expires_ms; no statement answers with one that isn't.
+  2. Every operation moves `version` on by one, whether it changed a row or not; a swap or a touch that doesn't come to
+     pass doesn't.
+  3. A row is live if and only if now_ms < expires_ms; no statement answers with one that isn't.
+  4. What a job has no use for costs it nothing: without ends, a quota or a change log no statement more is run.
 
 Doesn't know: transactions, groups, files, what an error means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import groupby, islice
-from operator import le
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import apsw
 
-from persistency.errors import Conflict
+from persistency.errors import Conflict, Misuse, QuotaExceeded
+from persistency.storage.bulk import CARRAY, UPSERT, chunks
+from persistency.storage.changes import DROPPED, Changes
 from persistency.storage.port import (
-    PLACES,
     CountRange,
     DropRange,
     DropRow,
     Expect,
+    Failed,
     GetEntry,
     GetRow,
     GetRows,
-    Group,
     HasRow,
     LastVersion,
     ListCategories,
+    ListChanges,
+    ListEntries,
+    Reap,
     ScanRange,
+    SetRow,
+    StoredChange,
     StoredRow,
+    SwapRow,
+    TouchRow,
+    UsedBytes,
 )
+from persistency.storage.quota import USED, USED_MS, Quota, count_used
 
-SORT_ROWS_MIN = 64  # below that, sorting costs more than it saves
 TOGETHER_ROWS_MIN = 3  # below that, a statement for each row is as fast
-TOGETHER_BYTES_MAX = 4 * 1024 * 1024  # per statement: its rows are copied once
-_PLACES_MAX = 2**20  # as many as there are characters of four bytes in UTF-8, and a few less
+LATEST_MS = "latest_ms"
 
-_UPSERT = (
-    " ON CONFLICT (category, key) DO UPDATE SET"
-    " payload = excluded.payload, version = excluded.version, expires_ms = excluded.expires_ms"
-)
-_INSERT = "INSERT INTO kv (category, key, payload, version) "
-_ONE = _INSERT + "VALUES (?1, ?2, ?3, ?4)" + _UPSERT
-# Any number of rows in one statement: SQLite reads them from an array by itself, and takes the interpreter lock not
-# once in between. (A statement of many VALUES is ended and begun again every few hundred rows; beside a thread that
-# keeps the interpreter busy each of these times costs 5 ms.) A row comes as one blob: the length of its key as a
-# character, which takes three bytes of UTF-8, then key and payload.
-_LENGTH = "unicode(CAST(substr(value, {at}, 3) AS TEXT)) - 2048"
-_ROWS = "SELECT ?1, substr(value, {at} + 3, {length}), substr(value, {at} + 3 + {length}), {version} FROM carray(?3)"
-# In order of arrival: ?2 is the version before the first row's.
-_RUN = _INSERT + _ROWS.format(at=1, length=_LENGTH.format(at=1), version="?2 + rowid") + " WHERE true" + _UPSERT
-# In order of keys: its place in the order of arrival stands before a row, as a character of four bytes.
-_PLACE = "unicode(CAST(substr(value, 1, 4) AS TEXT)) - 65535"
-_SORTED = _INSERT + _ROWS.format(at=5, length=_LENGTH.format(at=5), version=f"?2 + {_PLACE}") + " WHERE true" + _UPSERT
+_ONE = "INSERT INTO kv (category, key, payload, version) VALUES (?1, ?2, ?3, ?4)" + UPSERT
+_ONE_ENDING = "INSERT INTO kv (category, key, payload, version, expires_ms) VALUES (?1, ?2, ?3, ?4, ?5)" + UPSERT
+_TOUCH = "UPDATE kv SET expires_ms = ?3 WHERE category = ?1 AND key = ?2"
 
 # A column's type is only a wish: another tool, or a damaged file, may have put text or a number there.
 POINT = "SELECT CAST(payload AS BLOB), CAST(expires_ms AS INTEGER) FROM kv WHERE category = ? AND key = ?"
-_ENTRY = (
-    "SELECT key, CAST(payload AS BLOB), CAST(version AS INTEGER), CAST(expires_ms AS INTEGER)"
-    " FROM kv WHERE category = ? AND key = ?"
-)
+_ENTRY_COLUMNS = "SELECT key, CAST(payload AS BLOB), CAST(version AS INTEGER), CAST(expires_ms AS INTEGER)"
+_ENTRY = _ENTRY_COLUMNS + " FROM kv WHERE category = ? AND key = ?"
 _DROP_ROW = "DELETE FROM kv WHERE category = ? AND key = ? RETURNING CAST(expires_ms AS INTEGER)"
-_EXPIRED = "DELETE FROM kv WHERE category = ?1 AND key >= ?2 AND expires_ms <= ?3"
+_DROP_LIVE_ROW = "DELETE FROM kv WHERE category = ? AND key = ? AND (expires_ms IS NULL OR expires_ms > ?)"
+_DROP_ENDED = "DELETE FROM kv WHERE category = ?1 AND key >= ?2 AND expires_ms <= ?3"
 _HAS = "SELECT EXISTS (SELECT 1 FROM kv WHERE category = ? AND key = ?)"
 _SPAN = " FROM kv WHERE category = ?1 AND key >= ?2 AND (expires_ms IS NULL OR expires_ms > ?3)"
 # The expiry stands behind the payload in a row: looking at it walks through all of a large one.
-_SPAN_WITHOUT_EXPIRY = " FROM kv WHERE category = ?1 AND key >= ?2 AND ?3 = ?3"
-_ANY_EXPIRY = "SELECT EXISTS (SELECT 1 FROM kv WHERE expires_ms IS NOT NULL)"
+_SPAN_WITHOUT_END = " FROM kv WHERE category = ?1 AND key >= ?2 AND ?3 = ?3"
+# Text that somebody else has put there stands above every number.
+_NEXT_EXPIRY = "SELECT min(expires_ms) FROM kv WHERE expires_ms IS NOT NULL AND expires_ms < 9223372036854775807"
 _NEXT_CATEGORY = "SELECT min(category) FROM kv WHERE category > ?"
+_ENDED = "SELECT category, key FROM kv WHERE expires_ms <= ?1 ORDER BY expires_ms, category, key LIMIT ?2"
+_REAP = f"DELETE FROM kv WHERE (category, key) IN ({_ENDED})"
 
 
-class _Marks(dict[int, bytes]):
-    """Numbers as single characters in UTF-8, from one on of which all take the same number of bytes."""
+class Mark(NamedTuple):
+    """What is known of a table at one moment, to go back to if what comes after is undone."""
 
-    def __init__(self, first: int) -> None:
-        self._first = first
-
-    def __missing__(self, number: int) -> bytes:
-        mark = self[number] = chr(self._first + number).encode()
-        if len(self) > _MARKS_KEPT:
-            self.clear()
-        return mark
-
-
-_MARKS_KEPT = 65_536
-_LENGTHS = _Marks(2048)  # up to 10,240, far below the surrogates
-_PLACE_MARKS = _Marks(65_536)
-# Part of SQLite's own source, but a build may leave it out; then each row has its statement.
-_CARRAY = hasattr(apsw, "carray") and "ENABLE_CARRAY" in apsw.compile_options
-
-
-def _in_order(keys: list[bytes]) -> bool:
-    return all(map(le, keys, islice(keys, 1, None)))
+    version: int
+    next_expiry_ms: int | None
+    used: int
+    used_ms: int
+    changes: int
+    dropped: int
 
 
 class Table:
-    """A job's rows. `version` is the last operation's, `now_ms` the time that decides what is live."""
+    """A job's rows. `version` is the last operation's, `now_ms` the time that decides what is live.
 
-    def __init__(self, connection: apsw.Connection, version: int) -> None:
+    `quota` and `changes` are what is kept beside the rows, where the job has them.
+    """
+
+    def __init__(self, connection: apsw.Connection, version: int, now_ms: int) -> None:
         self.version = version
-        self.now_ms = 0
+        self.now_ms = now_ms
+        self.quota: Quota | None = None
+        self.changes: Changes | None = None
         self._connection = connection
         # One cursor for everything: running the next statement resets the one before, so no read is left open.
         self.execute: Callable[..., Any] = connection.cursor().execute
+        self.next_expiry_ms = self._next_expiry()
         self.answers: dict[type, Callable[[Any], Any]] = {
+            SetRow: self.set_row,
             DropRow: self.drop_row,
             DropRange: self.drop_range,
+            SwapRow: self.swap,
+            TouchRow: self.touch,
+            Reap: self.reap,
             GetRow: lambda message: self.get(message.category, message.key, self.now_ms),
             HasRow: self.has,
             GetEntry: self.entry,
@@ -119,39 +110,181 @@ class Table:
             ScanRange: self.scan,
             CountRange: self.count,
             ListCategories: self.categories,
+            ListEntries: self.entries,
+            UsedBytes: lambda _message: self.used(),
+            ListChanges: self.list_changes,
             LastVersion: lambda _message: self.version,
         }
 
-    def write(self, rows: Group) -> None:
-        """Write plain puts: a flat list of category, key, payload."""
-        count = len(rows) // PLACES
+    # -- what is kept beside the rows ----------------------------------------------------------------------------
+
+    def mark(self) -> Mark:
+        """Return what is known now."""
+        quota, changes = self.quota, self.changes
+        used = (0, 0) if quota is None else (quota.used, quota.used_ms)
+        kept = (0, 0) if changes is None else (changes.count, changes.dropped)
+        return Mark(self.version, self.next_expiry_ms, *used, *kept)
+
+    def back_to(self, mark: Mark) -> None:
+        """Know again what was known then, after what came since was undone."""
+        self.version, self.next_expiry_ms = mark.version, mark.next_expiry_ms
+        if self.quota is not None:
+            self.quota.used, self.quota.used_ms = mark.used, mark.used_ms
+        if self.changes is not None:
+            self.changes.count, self.changes.dropped = mark.changes, mark.dropped
+
+    def refusal(self, mark: Mark) -> QuotaExceeded | None:
+        """Return what the quota has against what was written since `mark`, or `None`."""
+        return None if self.quota is None else self.quota.refusal(mark.used)
+
+    def used(self) -> int:
+        """Return the bytes of all live payloads."""
+        if self.quota is None:
+            return count_used(self.execute, self.now_ms)
+        self.quota.advance(self.now_ms, self.next_expiry_ms)
+        return self.quota.used
+
+    def tell(self, now_ms: int) -> None:
+        """Say what time it is, before anything is written."""
+        self.now_ms = now_ms
+        if self.quota is not None:
+            self.quota.advance(now_ms, self.next_expiry_ms)
+
+    def notes(self) -> dict[str, int]:
+        """Return the numbers that have to be stored with a transaction, besides the version."""
+        notes: dict[str, int] = {}
+        if self.next_expiry_ms is not None:
+            notes[LATEST_MS] = self.now_ms
+        if self.quota is not None:
+            notes |= {USED: self.quota.used, USED_MS: self.quota.used_ms}
+        if self.changes is not None:
+            self.changes.trim()
+            notes[DROPPED] = self.changes.dropped
+        return notes
+
+    # -- writes --------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        categories: Sequence[bytes],
+        keys: Sequence[bytes],
+        payloads: Sequence[bytes],
+        ends: Sequence[int | None] | None = None,
+    ) -> None:
+        """Write rows in this order; `ends` are their expiries, where some have one."""
+        count = len(keys)
         before = self.version
         self.version += count
-        if count < TOGETHER_ROWS_MIN or not _CARRAY:
+        if ends is not None:
+            self._expect_ends(ends)
+        if self.quota is not None and count:
+            self.quota.write(categories, keys, payloads, ends)
+        if count < TOGETHER_ROWS_MIN or not CARRAY:
             for at in range(count):
-                self.execute(_ONE, (*rows[at * PLACES : (at + 1) * PLACES], before + at + 1))
+                row = categories[at], keys[at], payloads[at], before + at + 1
+                self._write_one(row, None if ends is None else ends[at])
             return
-        # So many rows to a statement that the copy of them stays small, whatever the group has.
-        size = sum(map(len, rows)) // count + 1
-        step = min(max(1, TOGETHER_BYTES_MAX // size), _PLACES_MAX)
-        for at in range(0, count, step):
-            self._write_together(rows[at * PLACES : (at + step) * PLACES], before + at)
+        for chunk in chunks(categories, keys, payloads, ends, before):
+            self.execute(chunk.statements.rows, (chunk.category, chunk.before, chunk.array))
+            if self.changes is not None:
+                self.changes.add_chunk(chunk)
 
-    def _write_together(self, rows: Group, before: int) -> None:
-        categories, keys, payloads = rows[::PLACES], rows[1::PLACES], rows[2::PLACES]
-        alone = categories.count(categories[0]) == len(categories)
-        if alone and (len(keys) < SORT_ROWS_MIN or _in_order(keys)):
-            blobs = map(b"".join, zip(map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads, strict=True))
-            self.execute(_RUN, (categories[0], before, apsw.carray(tuple(blobs))))
-            return
-        # Twice stable: by key, then by category. Of equal keys the later row stays the later one, and wins.
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        order.sort(key=categories.__getitem__)
-        for category, run in groupby(order, categories.__getitem__):
-            sorted_blobs = tuple(
-                b"".join((_PLACE_MARKS[at], _LENGTHS[len(keys[at])], keys[at], payloads[at])) for at in run
-            )
-            self.execute(_SORTED, (category, before, apsw.carray(sorted_blobs)))
+    def _write_one(self, row: tuple[bytes, bytes, bytes, int], end: int | None) -> None:
+        if end is None:
+            self.execute(_ONE, row)
+        else:
+            self.execute(_ONE_ENDING, (*row, end))
+        if self.changes is not None:
+            category, key, payload, version = row
+            self.changes.add(version, "put", category, key, payload)
+
+    def _expect_ends(self, ends: Sequence[int | None]) -> None:
+        known = (*ends, self.next_expiry_ms)
+        self.next_expiry_ms = min((end for end in known if end is not None), default=None)
+
+    def _next_expiry(self) -> int | None:
+        found: list[tuple[int | None]] = self.execute(_NEXT_EXPIRY).fetchall()
+        return found[0][0]
+
+    def set_row(self, message: SetRow) -> None:
+        """Write one row with an end."""
+        category, key, payload, end, _ = message
+        self.write((category,), (key,), (payload,), (end,))
+
+    def drop_row(self, message: DropRow) -> bool:
+        """Remove a row; return whether a live one was there."""
+        self.version += 1
+        category, key = message
+        if self.quota is not None:
+            self.quota.drop_row(category, key)
+        if self.changes is None:
+            row = self.execute(_DROP_ROW, (category, key)).fetchall()
+            return bool(row) and (row[0][0] is None or row[0][0] > self.now_ms)
+        # One that has ended is left to be reaped: that is when the change log tells of it.
+        self.execute(_DROP_LIVE_ROW, (category, key, self.now_ms))
+        if not self._connection.changes():
+            return False
+        self.changes.add(self.version, "delete", category, key)
+        return True
+
+    def drop_range(self, message: DropRange) -> int:
+        """Remove a range of rows; return how many live ones were there."""
+        self.version += 1
+        category, start, stop = message
+        if self.quota is not None:
+            self.quota.drop_range(category, start, stop)
+        if self.changes is None and self.next_expiry_ms is not None:
+            upper = "" if stop is None else " AND key < ?4"
+            bindings = (category, start, self.now_ms) if stop is None else (category, start, self.now_ms, stop)
+            self.execute(_DROP_ENDED + upper, bindings)
+        sql, bindings = self._span(category, start, stop)
+        self.execute("DELETE" + sql, bindings)
+        dropped = self._connection.changes()
+        if dropped and self.changes is not None:
+            self.changes.add(self.version, "delete_range", category, start, None, stop)
+        return dropped
+
+    def swap(self, message: SwapRow) -> bool:
+        """Put a payload, or nothing, in the place of the one that is expected; return whether it was there."""
+        category, key, expected, payload, end = message
+        if self.get(category, key, self.now_ms) != expected:
+            return False
+        if payload is None:
+            self.drop_row(DropRow(category, key))
+        else:
+            self.set_row(SetRow(category, key, payload, end))
+        return True
+
+    def touch(self, message: TouchRow) -> bool:
+        """Give a live row another end; return whether there was one."""
+        category, key, end = message
+        row = self.entry(GetEntry(category, key))
+        if row is None:
+            return False
+        self.version += 1
+        self._expect_ends((end,))
+        if self.quota is not None and end is not None and end <= self.quota.used_ms:
+            self.quota.used -= len(row.payload)
+        self.execute(_TOUCH, (category, key, end))
+        return True
+
+    def reap(self, message: Reap) -> int:
+        """Take rows away that have ended; return how many."""
+        if self.changes is None:
+            self.execute(_REAP, (self.now_ms, message.limit))
+            count = self._connection.changes()
+        else:
+            ended = self.execute(_ENDED, (self.now_ms, message.limit)).fetchall()
+            for category, key in ended:
+                self.version += 1
+                self.execute(_DROP_ROW, (category, key)).fetchall()
+                self.changes.add(self.version, "expire", category, key)
+            count = len(ended)
+        if count < message.limit:
+            self.next_expiry_ms = self._next_expiry()
+        return count
+
+    # -- reads ---------------------------------------------------------------------------------------------------
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return a live row's payload, or `None`."""
@@ -163,7 +296,7 @@ class Table:
 
     def has(self, message: HasRow) -> bool:
         """Return whether there is a live row, without reading its payload."""
-        if self._any_expiry():
+        if self.next_expiry_ms is not None:
             return self.entry(message) is not None
         return bool(self.execute(_HAS, message).fetchone()[0])
 
@@ -213,33 +346,22 @@ class Table:
             if self.execute(f"SELECT EXISTS (SELECT 1{sql})", bindings).fetchone()[0]:
                 found.append(at)
 
-    def drop_row(self, message: DropRow) -> bool:
-        """Remove a row; return whether a live one was there."""
-        self.version += 1
-        row = self.execute(_DROP_ROW, (message.category, message.key)).fetchall()
-        return bool(row) and (row[0][0] is None or row[0][0] > self.now_ms)
+    def entries(self, message: ListEntries) -> list[StoredRow]:
+        """Return a category's live rows in the order of their versions."""
+        sql, bindings = self._span(message.category, b"", None)
+        return [StoredRow(*row) for row in self.execute(f"{_ENTRY_COLUMNS}{sql} ORDER BY version", bindings)]
 
-    def drop_range(self, message: DropRange) -> int:
-        """Remove a range of rows; return how many live ones were there."""
-        self.version += 1
-        category, start, stop = message
-        if self._any_expiry():
-            upper = "" if stop is None else " AND key < ?4"
-            bindings = (category, start, self.now_ms) if stop is None else (category, start, self.now_ms, stop)
-            self.execute(_EXPIRED + upper, bindings)
-        sql, bindings = self._span(category, start, stop)
-        self.execute("DELETE" + sql, bindings)
-        return self._connection.changes()
-
-    def _any_expiry(self) -> bool:
-        """Return whether any row has an expiry; the partial index knows at once."""
-        return bool(self.execute(_ANY_EXPIRY).fetchone()[0])
+    def list_changes(self, message: ListChanges) -> list[StoredChange] | Failed:
+        """Return the first changes behind a version."""
+        if self.changes is None:
+            return Failed(Misuse("this store keeps no changes: open it with feed_changes_max > 0"))
+        return self.changes.list(message)
 
     def _span(
         self, category: bytes, start: bytes, stop: bytes | None, *, filtered: bool = True
     ) -> tuple[str, tuple[Any, ...]]:
         """Return what follows the columns of a statement over a range; not `filtered`: by expiry only if need be."""
-        sql = _SPAN if filtered or self._any_expiry() else _SPAN_WITHOUT_EXPIRY
+        sql = _SPAN if filtered or self.next_expiry_ms is not None else _SPAN_WITHOUT_END
         if stop is None:
             return sql, (category, start, self.now_ms)
         return sql + " AND key < ?4", (category, start, self.now_ms, stop)

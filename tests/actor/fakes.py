@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from persistency.actor.bounds import Bounds
+from persistency.actor.clock import Clock
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.worker import Worker
-from persistency.arguments import name_ops
+from persistency.messages import name_ops
 from persistency.storage.memory import MemoryStore
 from persistency.storage.port import StoreOptions
 
@@ -20,8 +21,8 @@ WAIT = 20.0  # seconds a test waits for what must come
 class HeldStore(MemoryStore):
     """A memory store whose `apply` waits at a gate, and raises what it was given to raise first."""
 
-    def __init__(self) -> None:
-        super().__init__(StoreOptions())
+    def __init__(self, options: StoreOptions | None = None) -> None:
+        super().__init__(options or StoreOptions())
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
@@ -57,9 +58,12 @@ class Actor:
         stall_timeout: float = 20.0,
         open_store: Callable[[], Any] | None = None,
         start: bool = True,
+        options: StoreOptions | None = None,
+        read_ms: Callable[[], int] = int,
+        waiters_max: int = 8,
         **bounds: Any,
     ) -> None:
-        self.store = HeldStore()
+        self.store = HeldStore(options)
         self.mailbox = Mailbox(Bounds(**bounds))
         self.failures = FailureLog("job", on_error, self.mailbox.never_waits)
         self.worker = Worker(
@@ -67,9 +71,10 @@ class Actor:
             self.mailbox,
             self.failures,
             open_store=open_store or (lambda: self.store),
-            now_ms=lambda: 0,
+            clock=Clock(read_ms),
             name_ops=name_ops,
             stall_timeout=stall_timeout,
+            waiters_max=waiters_max,
         )
         if start:
             self.worker.start()

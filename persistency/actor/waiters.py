@@ -1,0 +1,85 @@
+"""Waiters: requests for changes that aren't there yet, parked until a commit brings some.
+
+Rules:
+  1. A waiter is answered by the first commit that has a change for it, or with why there will be none; it stands in
+     nobody's way meanwhile.
+  2. Parking, answering and cancelling are one critical section.
+  3. There are at most `limit` of them; one more is refused.
+
+Doesn't know: where changes come from, turns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from persistency.actor.reply import Reply
+from persistency.actor.settling import cancel
+from persistency.errors import Overloaded, StorageError
+from persistency.storage.port import Failed, ListChanges
+
+Answer = tuple[Reply[Any], Any, BaseException | None]
+
+
+class Waiters:
+    """The parked requests of one job."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.RLock()  # a signal handler may cancel too
+        self._parked: dict[Reply[Any], ListChanges] = {}
+        self._refusal: BaseException | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._parked)
+
+    def park(self, message: ListChanges, reply: Reply[Any]) -> BaseException | None:
+        """Keep a request until there is an answer; return why not."""
+        with self._lock:
+            if self._refusal is not None:
+                return self._refusal
+            if len(self._parked) >= self._limit:
+                return Overloaded(f"{self._limit} requests wait for changes already", hint="Cancel those given up.")
+            self._parked[reply] = message
+            reply._line = self
+        return None
+
+    def answer(self, read: Callable[[ListChanges], Any]) -> list[Answer]:
+        """Return the answers of those that have one by now."""
+        answers: list[Answer] = []
+        with self._lock:
+            for reply, message in list(self._parked.items()):
+                try:
+                    outcome = read(message)
+                except StorageError as error:
+                    outcome = Failed(error)
+                if type(outcome) is Failed:
+                    answers.append((reply, None, outcome.error))
+                elif outcome:
+                    answers.append((reply, outcome, None))
+                else:
+                    continue
+                if self._parked.pop(reply, None) is None:  # a signal handler has cancelled it meanwhile
+                    answers.pop()
+        return answers
+
+    def refuse(self, error: BaseException) -> list[Answer]:
+        """Return what tells everybody that there will be no answer, to those that come later too."""
+        with self._lock:
+            self._refusal = error
+            parked, self._parked = self._parked, {}
+        return [(reply, None, error) for reply in parked]
+
+    def withdraw(self, reply: Reply[Any]) -> bool:
+        """Take a request out and settle it as cancelled; return whether it was there."""
+        with self._lock:
+            if self._parked.pop(reply, None) is None:
+                return False
+        cancel(reply)
+        return True
+
+    def waits_for_itself(self) -> bool:
+        """Say whether the calling thread would have to answer: a later commit of anybody's does."""
+        return False

@@ -1,0 +1,316 @@
+"""Messages: what a caller's arguments become on their way to the store, and what its answers become on their way back.
+
+`Job` posts these messages, `Transaction` has them run at once; both speak with one voice through this module.
+
+Rules:
+  1. What is wrong raises `Misuse` here, in the caller's thread, before anything is posted.
+  2. A TTL is stamped here: it counts from the call.
+  3. A message can be turned back into the operations it was made of, for whoever has to be told that it failed.
+
+Doesn't know: mailboxes, threads, SQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
+
+from persistency.arguments import (
+    as_bounds,
+    as_category,
+    as_count,
+    as_delta,
+    as_doomed_prefix,
+    as_doomed_range,
+    as_end,
+    as_flag,
+    as_key_bytes,
+    as_keys,
+    as_limit,
+    as_payload,
+    as_prefix_range,
+    as_swapped,
+)
+from persistency.codec.keys import Key, KeyRange, as_key
+from persistency.codec.values import decode, encode
+from persistency.errors import Conflict, Corrupt, Misuse
+from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, KeyLike, Op, Payload, Put, Row, Ttl
+from persistency.storage.port import (
+    PLACES,
+    Batch,
+    ChangeKind,
+    CountRange,
+    DropRange,
+    DropRow,
+    Expect,
+    GetEntry,
+    GetRows,
+    Group,
+    HasRow,
+    ListChanges,
+    ListEntries,
+    Run,
+    ScanRange,
+    SetRow,
+    StoredChange,
+    StoredRow,
+    SwapRow,
+    TouchRow,
+    Within,
+)
+
+NowMs = Callable[[], int]
+_KINDS = get_args(ChangeKind)
+_make_row: Callable[[tuple[Key, bytes]], Row] = partial(tuple.__new__, Row)
+
+# -- writes ------------------------------------------------------------------------------------------------------
+
+
+def set_row(category: str, key: KeyLike, payload: Payload, ttl: Ttl, now_ms: NowMs) -> SetRow:
+    """Return the message of a put that has a TTL."""
+    return SetRow(as_category(category), as_key_bytes(key), as_payload(payload), as_end(ttl, now_ms), ttl)
+
+
+def drop_row(category: str, key: KeyLike) -> DropRow:
+    """Return the message of a delete."""
+    return DropRow(as_category(category), as_key(key))
+
+
+def drop_prefix(category: str, prefix: KeyLike) -> DropRange:
+    """Return the message of a delete of a prefix; an empty one is refused."""
+    return DropRange(as_category(category), *as_doomed_prefix(prefix))
+
+
+def drop_range(category: str, key_range: KeyRange) -> DropRange:
+    """Return the message of a delete of a range; one without any bound is refused."""
+    return DropRange(as_category(category), *as_doomed_range(key_range))
+
+
+def swap_row(
+    category: str, key: KeyLike, expected: Payload | None, new: Payload | None, ttl: Ttl | None, now_ms: NowMs
+) -> SwapRow:
+    """Return the message of a compare-and-set."""
+    if new is None and ttl is not None:
+        raise Misuse("ttl was given, but new is None, which deletes the row: leave ttl out")
+    return SwapRow(
+        as_category(category), as_key(key), as_swapped(expected, "expected"), as_swapped(new, "new"),
+        as_end(ttl, now_ms),
+    )  # fmt: skip
+
+
+def touch_row(category: str, key: KeyLike, ttl: Ttl | None, now_ms: NowMs) -> TouchRow:
+    """Return the message of a touch."""
+    return TouchRow(as_category(category), as_key(key), as_end(ttl, now_ms))
+
+
+def add(category: str, key: KeyLike, delta: int) -> Run:
+    """Return the message of an increment: it reads, adds and writes in one transaction."""
+    name, at, by = as_category(category), as_key(key), as_delta(delta)
+
+    def run(within: Within) -> int:
+        row: StoredRow | None = within.do(GetEntry(name, at))
+        total = by if row is None else _as_integer(at, row.payload) + by
+        within.do(SetRow(name, at, encode(total), None if row is None else row.expires_ms))
+        return total
+
+    return Run(run, (f"increment {category!r} {at!r}",))
+
+
+def _as_integer(key: Key, payload: bytes) -> int:
+    try:
+        value = decode(payload)
+    except Corrupt as error:
+        raise Conflict(key, "a CBOR integer", "bytes that aren't CBOR") from error
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Conflict(key, "a CBOR integer", value, hint="Count under a key of its own.")
+    return value
+
+
+def batch(ops: Op | Iterable[Op], now_ms: NowMs) -> tuple[Batch, int]:
+    """Return operations as one batch, and the bytes of its keys and payloads."""
+    if isinstance(ops, Op):
+        given: tuple[Any, ...] = (ops,)
+    elif isinstance(ops, Iterable) and not isinstance(ops, str | bytes | dict):
+        given = tuple(ops)
+    else:
+        raise Misuse(f"ops must be an operation or an iterable of them, not {type(ops).__name__}: pass [Put(...), ...]")
+    items: Group = []
+    origin: list[Any] = []
+    nbytes = 0
+    expects = False
+    for op in given:
+        category, message, payload = places = _as_places(op, now_ms)
+        items += places
+        if category is None:
+            nbytes += message_bytes(message)
+            expects = expects or type(message) is Expect
+            payload = message.payload if type(message) is SetRow else None
+        else:
+            nbytes += len(message) + len(payload)
+        if payload is not None and op.payload is not payload:
+            op = replace(op, payload=payload)  # as it was at the call: the caller may go on writing into it
+        origin.append(op)
+    return Batch(items, len(given), expects, tuple(origin)), nbytes
+
+
+def _as_places(op: Any, now_ms: NowMs) -> tuple[Any, Any, Any]:
+    match op:
+        case Put(ttl=None):
+            return as_category(op.category), as_key_bytes(op.key), as_payload(op.payload)
+        case Put():
+            return None, set_row(op.category, op.key, op.payload, op.ttl, now_ms), None  # type: ignore[arg-type]  # not None
+        case Delete():
+            return None, drop_row(op.category, op.key), None
+        case DeletePrefix():
+            return None, drop_prefix(op.category, op.prefix), None
+        case DeleteRange():
+            return None, drop_range(op.category, op.key_range), None
+        case Check():
+            if op.version is not None:
+                as_count(op.version, "version", 0)
+            return None, Expect(as_category(op.category), as_key(op.key), op.version), None
+        case _:
+            raise Misuse(
+                f"ops holds {type(op).__name__}, which is no operation: "
+                "pass Put, Delete, DeletePrefix, DeleteRange or Check objects"
+            )
+
+
+def message_bytes(message: Any) -> int:
+    """Return the bytes a write takes in the mailbox: of its keys and payloads."""
+    match message:
+        case SetRow():
+            return len(message.key) + len(message.payload)
+        case SwapRow():
+            return len(message.key) + len(message.expected or b"") + len(message.payload or b"")
+        case DropRange():
+            return len(message.category) + len(message.start)
+        case Run():
+            return 0
+        case _:
+            return len(message.category) + len(message.key)
+
+
+def name_ops(category: bytes | None, message: Any, payload: Any) -> tuple[Any, ...]:
+    """Return the operations a message was made of: the very objects of a batch, else ones that mean the same."""
+    if category is not None:
+        return (Put(category.decode(), message if isinstance(message, Key) else Key(message), payload),)
+    match message:
+        case Batch() | Run():
+            return message.origin
+        case SetRow():
+            return (Put(message.category.decode(), Key(message.key), message.payload, message.origin),)
+        case SwapRow(payload=None) | DropRow():
+            return (Delete(message.category.decode(), Key(message.key)),)
+        case SwapRow():
+            return (Put(message.category.decode(), Key(message.key), message.payload or b""),)
+        case DropRange():
+            start, stop = message.start or None, message.stop
+            return (DeleteRange(message.category.decode(), KeyRange(start, stop)),)  # type: ignore[arg-type]  # Keys
+        case TouchRow():
+            return (f"touch {message.category.decode()!r} {message.key!r}",)
+        case _:
+            return ()
+
+
+# -- reads -------------------------------------------------------------------------------------------------------
+
+
+def get_entry(category: str, key: KeyLike) -> GetEntry:
+    """Return the message of a read of a row with its version."""
+    return GetEntry(as_category(category), as_key(key))
+
+
+def get_rows(category: str, keys: Iterable[KeyLike]) -> GetRows:
+    """Return the message of a read of several payloads."""
+    return GetRows(as_category(category), as_keys(keys))
+
+
+def has_row(category: str, key: KeyLike) -> HasRow:
+    """Return the message that asks whether there is a row."""
+    return HasRow(as_category(category), as_key(key))
+
+
+def count_range(category: str, key_range: KeyRange) -> CountRange:
+    """Return the message of a count."""
+    return CountRange(as_category(category), *as_bounds(key_range))
+
+
+def scan_range(category: str, key_range: KeyRange, reverse: bool, limit: int | None) -> ScanRange:
+    """Return the message of a scan."""
+    return ScanRange(as_category(category), *as_bounds(key_range), as_flag(reverse, "reverse"), as_limit(limit))
+
+
+def scan_prefix(category: str, prefix: KeyLike, reverse: bool, limit: int | None) -> ScanRange:
+    """Return the message of a scan of a key and its children."""
+    return ScanRange(as_category(category), *as_prefix_range(prefix), as_flag(reverse, "reverse"), as_limit(limit))
+
+
+def walked_range(key_range: KeyRange, prefix: KeyLike | None) -> tuple[bytes, bytes | None]:
+    """Return the range to walk over: that of a prefix, if one is given."""
+    span = as_bounds(key_range)
+    if prefix is None:
+        return span
+    if span != (b"", None):
+        raise Misuse("key_range and prefix were both given: pass one of them")
+    return as_prefix_range(prefix)
+
+
+def list_entries(category: str) -> ListEntries:
+    """Return the message of a snapshot."""
+    return ListEntries(as_category(category))
+
+
+def list_changes(after: int, limit: int, wait: bool) -> ListChanges:
+    """Return the message of a read of changes."""
+    return ListChanges(as_count(after, "after", 0), as_count(limit, "limit", 1), as_flag(wait, "wait"))
+
+
+# -- answers -----------------------------------------------------------------------------------------------------
+
+
+def rows(pairs: list[tuple[bytes, bytes]]) -> list[Row]:
+    """Return what a scan gives."""
+    # Mapped at C speed: a call of Row() for each would take longer than the scan itself.
+    return list(map(_make_row, ((Key(key), payload) for key, payload in pairs)))
+
+
+def row(key: bytes, payload: bytes) -> Row:
+    """Return one row of a walk."""
+    return Row(Key(key), payload)
+
+
+def key_alone(key: bytes, _payload: bytes) -> Key:
+    """Return one key of a walk over keys."""
+    return Key(key)
+
+
+def entry(stored: StoredRow | None) -> Entry | None:
+    """Return a row with all that is kept of it."""
+    return None if stored is None else Entry(Key(stored.key), stored.payload, stored.version, stored.expires_ms)
+
+
+def entries(stored: list[StoredRow]) -> list[Entry]:
+    """Return what a snapshot gives."""
+    return [Entry(Key(row.key), row.payload, row.version, row.expires_ms) for row in stored]
+
+
+def names(categories: list[bytes]) -> list[str]:
+    """Return the names of categories."""
+    return [category.decode() for category in categories]
+
+
+def changes(stored: list[StoredChange]) -> list[Change]:
+    """Return changes as they are told. Raises `Corrupt` for what nobody here has written."""
+    for change in stored:
+        if change.kind not in _KINDS:
+            raise Corrupt(f"change {change.version} is of a kind that isn't known, {change.kind!r:.40}")
+    return [
+        Change(version, kind, category.decode(), Key(key), payload, None if stop is None else Key(stop))
+        for version, kind, category, key, payload, stop in stored
+    ]
+
+
+assert PLACES == 3, "a message's places are written out in this module"

@@ -1,0 +1,80 @@
+"""The change log: what was written to a job, in order, as far back as it is kept.
+
+A job that is opened to keep its changes notes each of them down in the same transaction. Consumers pull from here, so
+one that is slow or paused costs the job nothing.
+
+    changes             by version: kind (put, delete, expire, delete_range), category, key, payload, stop
+    changes_dropped     in the meta table: the highest version that is no longer kept; where it is missing, somebody has
+                        written without noting down
+
+Rules:
+  1. Every change has the version of its operation; an expiry takes one of its own when its row is reaped.
+  2. The newest `keep` changes are kept, no more, at every commit.
+  3. Nothing is answered that would leave a gap.
+
+Doesn't know: what is asked for, transactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from persistency.errors import FeedTruncated
+from persistency.storage.bulk import Chunk
+from persistency.storage.port import ChangeKind, Failed, ListChanges, StoredChange
+
+DROPPED = "changes_dropped"
+
+_ADD = "INSERT INTO changes (version, kind, category, key, payload, stop) VALUES (?, ?, ?, ?, ?, ?)"
+# A column's type is only a wish: another tool, or a damaged file, may have put something else there.
+_LIST = (
+    "SELECT version, CAST(kind AS TEXT), CAST(category AS BLOB), CAST(key AS BLOB), CAST(payload AS BLOB),"
+    " CAST(stop AS BLOB) FROM changes WHERE version > ? ORDER BY version LIMIT ?"
+)
+_OLDEST = "SELECT min(version) FROM changes"
+_LAST_OF_OLDEST = "SELECT version FROM changes ORDER BY version LIMIT 1 OFFSET ?"
+_DROP = "DELETE FROM changes WHERE version <= ?"
+
+
+class Changes:
+    """The changes a job keeps. `dropped` is the highest version that is no longer there."""
+
+    def __init__(self, execute: Callable[..., Any], keep: int, dropped: int) -> None:
+        self.dropped = dropped
+        self.count = int(execute("SELECT count(*) FROM changes").fetchone()[0])
+        self._execute = execute
+        self._keep = keep
+
+    def add(
+        self,
+        version: int,
+        kind: ChangeKind,
+        category: bytes,
+        key: bytes,
+        payload: bytes | None = None,
+        stop: bytes | None = None,
+    ) -> None:
+        """Note down one change."""
+        self._execute(_ADD, (version, kind, category, key, payload, stop))
+        self.count += 1
+
+    def add_chunk(self, chunk: Chunk) -> None:
+        """Note down the puts of a chunk."""
+        self._execute(chunk.statements.changes, (chunk.category, chunk.before, chunk.array))
+        self.count += chunk.size
+
+    def trim(self) -> None:
+        """Drop the oldest beyond those that are kept."""
+        beyond = self.count - self._keep
+        if beyond > 0:
+            self.dropped = int(self._execute(_LAST_OF_OLDEST, (beyond - 1,)).fetchone()[0])
+            self._execute(_DROP, (self.dropped,))
+            self.count = self._keep
+
+    def list(self, message: ListChanges) -> list[StoredChange] | Failed:
+        """Return the first changes behind a version, or that they are gone."""
+        if message.after < self.dropped:
+            oldest = self._execute(_OLDEST).fetchone()[0]
+            return Failed(FeedTruncated(self.dropped + 1 if oldest is None else int(oldest)))
+        return [StoredChange(*row) for row in self._execute(_LIST, (message.after, message.limit))]
