@@ -5,6 +5,7 @@ A contender offers *ways* of doing *tasks*. A way's `make(store)` returns the fu
 | task    | the function                                                                                       |
 |---------|----------------------------------------------------------------------------------------------------|
 | put     | `(rows) -> None`, which returns when every row is committed                                        |
+| put-kept | the same, of a job that keeps more than the rows: ends, a quota, a feed                           |
 | produce | `(key, payload) -> None`, the producer's side of a put                                             |
 | get     | `(key) -> payload`                                                                                 |
 | commit  | `(key, payload) -> object`, which returns when the row is committed                                |

@@ -28,7 +28,7 @@ def ratios_table(results: Sequence[Judged]) -> Table:
         target = judged.target
         sign = ">=" if target.measure == "speed" else "<="
         table.add_row(
-            target.case,
+            f"{target.case}, {target.ours}" if target.ours else target.case,
             f"{target.peer}, {target.way}" if target.peer else "-",
             {"speed": "speed", "time": "time", "us": "time"}[target.measure],
             f"{sign} {target.written(target.holds)}",

@@ -168,6 +168,8 @@ def as_choice(value: Any, argument: str, choices: tuple[str, ...]) -> Any:
 
 def as_ttl_ms(value: Any, argument: str = "ttl") -> int:
     """Return how long something lives, in whole milliseconds, at least one; given as seconds or a `timedelta`."""
+    if type(value) is int and 0 < value <= TTL_SECONDS_MAX:
+        return value * 1000
     if isinstance(value, timedelta):
         seconds: float = value.total_seconds()
     elif isinstance(value, int | float) and not isinstance(value, bool):

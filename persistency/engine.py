@@ -39,6 +39,7 @@ from persistency.storage.port import Durability, StoredJob
 T = TypeVar("T")
 
 MEMORY = ":memory:"
+_CLOCK_MS_MAX = 10**15  # some 30,000 years: whatever a clock says, it can be stored and counted on
 
 # A site lives as long as a Persistency or a worker on it does.
 _sites: weakref.WeakValueDictionary[Path, Site] = weakref.WeakValueDictionary()
@@ -89,7 +90,9 @@ class Persistency:
         if clock is not None and not callable(clock):
             raise Misuse(f"clock must be callable, not {type(clock).__name__}: pass a function like time.time")
         self._read_ms: Callable[[], int] = (
-            (lambda: time.time_ns() // 1_000_000) if clock is None else lambda: int(clock() * 1000)
+            (lambda: time.time_ns() // 1_000_000)
+            if clock is None
+            else lambda: min(max(int(clock() * 1000), 0), _CLOCK_MS_MAX)
         )
         self._site, self._path = _site(root)
         self._lock = threading.RLock()

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, get_args
 
 from persistency.arguments import (
+    CATEGORIES,
     as_bounds,
     as_category,
     as_count,
@@ -32,8 +33,9 @@ from persistency.arguments import (
     as_payload,
     as_prefix_range,
     as_swapped,
+    as_ttl_ms,
 )
-from persistency.codec.keys import Key, KeyRange, as_key
+from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key
 from persistency.codec.values import decode, encode
 from persistency.errors import Conflict, Corrupt, Misuse
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, KeyLike, Op, Payload, Put, Row, Ttl
@@ -63,6 +65,8 @@ from persistency.storage.port import (
 
 NowMs = Callable[[], int]
 _KINDS = get_args(ChangeKind)
+# A call of a NamedTuple takes twice as long.
+_make_set_row: Callable[[tuple[bytes, bytes, bytes, int, Ttl]], SetRow] = partial(tuple.__new__, SetRow)
 _make_row: Callable[[tuple[Key, bytes]], Row] = partial(tuple.__new__, Row)
 
 # -- writes ------------------------------------------------------------------------------------------------------
@@ -70,7 +74,11 @@ _make_row: Callable[[tuple[Key, bytes]], Row] = partial(tuple.__new__, Row)
 
 def set_row(category: str, key: KeyLike, payload: Payload, ttl: Ttl, now_ms: NowMs) -> SetRow:
     """Return the message of a put that has a TTL."""
-    return SetRow(as_category(category), as_key_bytes(key), as_payload(payload), as_end(ttl, now_ms), ttl)
+    end = now_ms() + as_ttl_ms(ttl)
+    usual = type(key) is Key and type(payload) is bytes and type(category) is str  # as in `Job.put`
+    if usual and len(key) + len(payload) <= KEY_BYTES_MAX:
+        return _make_set_row((CATEGORIES[category], key, payload, end, ttl))  # type: ignore[arg-type]  # bytes, then
+    return _make_set_row((as_category(category), as_key_bytes(key), as_payload(payload), end, ttl))
 
 
 def drop_row(category: str, key: KeyLike) -> DropRow:

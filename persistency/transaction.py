@@ -51,6 +51,11 @@ class Transaction:
         self._now_ms = now_ms
         self._thread = get_ident()
 
+    @property
+    def now_ms(self) -> int:
+        """The job's time, in Unix milliseconds: what decides which rows have ended."""
+        return self._now_ms()
+
     def _do(self, message: Any) -> Any:
         if self._within is None:
             raise Closed("the transaction is over", hint="Use it inside the function it was given to, and only there.")

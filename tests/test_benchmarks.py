@@ -66,7 +66,7 @@ def test_the_command_measures_every_case(tmp_path: Path) -> None:
     assert {one["case"] for one in figures} == CASES.keys() - {"packages"}
     assert {one["contender"] for one in figures} == {"persistency", "apsw"}
     assert all(one["us"] > 0 and one["samples"][0]["operations"] > 0 for one in figures)
-    assert {one["peer"] for one in report["targets"]} == {"", "apsw"}
+    assert {one["peer"] for one in report["targets"]} == {"", "apsw", "persistency"}
     assert all(one["median"] > 0 and one["values"] == [one["median"]] for one in report["targets"])
     assert report["machine"].keys() >= {"cpu", "cores", "python", "apsw", "sqlite", "filesystem", "date", "durability"}
     assert "Targets" in done.stdout

@@ -88,6 +88,7 @@ def _acommit(contender: Contender, way: Way, workload: Workload, directory: Path
 CASES = (
     Case("put", "puts until committed, sorted keys", ("put",), _put_ordered),
     Case("put-random", "puts until committed, random keys", ("put-random", "put"), _put_shuffled),
+    Case("put-kept", "puts until committed, with a ttl, a quota, a feed", ("put-kept",), _put_ordered),
     Case("produce", "the producer's side of a put, median", ("produce",), _produce),
     Case("commit", "blocking commit of one put", ("commit",), _commit),
     Case("acommit", "awaited commit of one put", ("acommit",), _acommit),

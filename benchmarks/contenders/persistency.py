@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.contenders.tables import read_back
 from benchmarks.protocol import (
@@ -28,6 +29,9 @@ from benchmarks.protocol import (
 )
 from persistency import Key, Persistency, Put, key
 
+TTL_SECONDS = 3_600  # nothing ends while it is measured
+FEED_CHANGES = 100_000  # half of what the usual run puts, so that the oldest are dropped too
+
 
 class Ours:
     """A job of its own in a root of its own."""
@@ -35,6 +39,11 @@ class Ours:
     def __init__(self, directory: Path, _runner: asyncio.Runner) -> None:
         self._persistency = Persistency(directory)
         self.job = self._persistency.open_job(CATEGORY)
+
+    def reopen(self, **options: Any) -> None:
+        """Open the job again, with other options."""
+        self.job.close()
+        self.job = self._persistency.open_job(CATEGORY, **options)
 
     def fill(self, rows: Sequence[Pair]) -> None:
         """Store rows."""
@@ -50,6 +59,26 @@ def _put_all(store: Ours) -> PutAll:
         put = store.job.put
         for encoded, payload in rows:
             put(CATEGORY, encoded, payload)  # type: ignore[arg-type]  # a Key: see takes_keys
+        store.job.flush().result()
+
+    return put_all
+
+
+def _put_all_with_quota(store: Ours) -> PutAll:
+    store.reopen(max_bytes=2**40)
+    return _put_all(store)
+
+
+def _put_all_with_feed(store: Ours) -> PutAll:
+    store.reopen(feed_changes_max=FEED_CHANGES)
+    return _put_all(store)
+
+
+def _put_all_with_ttl(store: Ours) -> PutAll:
+    def put_all(rows: Sequence[Pair]) -> None:
+        put = store.job.put
+        for encoded, payload in rows:
+            put(CATEGORY, encoded, payload, ttl=TTL_SECONDS)  # type: ignore[arg-type]  # a Key: see takes_keys
         store.job.flush().result()
 
     return put_all
@@ -96,6 +125,10 @@ CONTENDER = Contender(
     settings="defaults: durability 'process', mailbox of 8,192 operations and 32 MiB",
     ways=(
         Way("put", "put, flush", _put_all),
+        Way("put-kept", "plain", _put_all),
+        Way("put-kept", "with a ttl", _put_all_with_ttl),
+        Way("put-kept", "with a quota", _put_all_with_quota),
+        Way("put-kept", "with a feed", _put_all_with_feed),
         Way("produce", "put", _produce),
         Way("get", "get", _get),
         Way("commit", "commit", _commit),

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_MS_MAX = 10**15  # some 30,000 years: whatever a clock says, it can be stored and counted on
-
 
 class Clock:
     """A job's time in milliseconds since 1970. `read_ms` is the system's, or whatever stands for it."""
@@ -28,12 +26,13 @@ class Clock:
         """Return the time, and from now on nothing before it."""
         now = self._read_ms()
         if now > self._latest:
-            self._latest = min(now, _MS_MAX)
+            self._latest = now
         return self._latest
 
     def look_ms(self) -> int:
         """Return the time."""
-        return min(max(self._read_ms(), self._latest), _MS_MAX)
+        now, latest = self._read_ms(), self._latest
+        return max(latest, now)
 
     def not_before(self, latest_ms: int) -> None:
         """From now on say nothing before this; for a job that is opened again."""

@@ -19,7 +19,7 @@ Doesn't know: transactions, what is counted or kept beside the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from operator import le
 from typing import Any, NamedTuple
@@ -138,16 +138,17 @@ def _chunks(
     before: int,
 ) -> Iterator[Chunk]:
     alone = categories.count(categories[0]) == len(categories)
-    lengths = map(_LENGTHS.__getitem__, map(len, keys))
-    heads = lengths if ends is None else map(b"".join, zip(lengths, map(_ENDS.__getitem__, ends), strict=True))
+    parts: list[Iterable[bytes]] = [map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads]
+    if ends is not None:
+        parts.insert(1, map(_ENDS.__getitem__, ends))
     if alone and (len(keys) < SORT_ROWS_MIN or _in_order(keys)):
-        blobs = tuple(map(b"".join, zip(heads, keys, payloads, strict=True)))
+        blobs = tuple(map(b"".join, zip(*parts, strict=True)))
         yield Chunk(_STATEMENTS[False, ends is not None], categories[0], before, apsw.carray(blobs), len(blobs))
         return
     # Twice stable: by key, then by category. Of equal keys the later row stays the later one, and wins.
     order = sorted(range(len(keys)), key=keys.__getitem__)
     order.sort(key=categories.__getitem__)
-    of_head = list(heads)
+    of_rows = list(map(b"".join, zip(map(_PLACES.__getitem__, range(len(keys))), *parts, strict=True)))
     for category, places in groupby(order, categories.__getitem__):
-        blobs = tuple(b"".join((_PLACES[at], of_head[at], keys[at], payloads[at])) for at in places)
+        blobs = tuple(map(of_rows.__getitem__, places))
         yield Chunk(_STATEMENTS[True, ends is not None], category, before, apsw.carray(blobs), len(blobs))

@@ -199,8 +199,10 @@ class Table:
             self.changes.add(version, "put", category, key, payload)
 
     def _expect_ends(self, ends: Sequence[int | None]) -> None:
-        known = (*ends, self.next_expiry_ms)
-        self.next_expiry_ms = min((end for end in known if end is not None), default=None)
+        known = ends if None not in ends else [end for end in ends if end is not None]
+        earliest: int | None = min(known, default=None)  # type: ignore[type-var]  # no None is among them
+        if earliest is not None and (self.next_expiry_ms is None or earliest < self.next_expiry_ms):
+            self.next_expiry_ms = earliest
 
     def _next_expiry(self) -> int | None:
         found: list[tuple[int | None]] = self.execute(_NEXT_EXPIRY).fetchall()
