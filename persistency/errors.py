@@ -139,6 +139,10 @@ class WriteFailed(PersistencyError):
 
 def shown(op: Any) -> str:
     """Return an operation in a few words: a payload may have megabytes, and be nobody else's business."""
+    if isinstance(op, str):
+        return op
+    if callable(op):
+        return f"run {getattr(op, '__qualname__', op)!s:.400}"
     parts = [
         type(op).__name__,
         *(repr(getattr(op, name)) for name in ("category", "key", "prefix") if hasattr(op, name)),

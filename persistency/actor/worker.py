@@ -219,8 +219,8 @@ class Worker:
             again = bool(group)
             if group:
                 answers = self._decide(group)
-                answers += self._tell_waiters()
                 group = []
+                answers += self._tell_waiters()
             if self._mailbox.ended and not again:
                 answers += self._end()
             elif self._retired is not None and not self._retired.done():
@@ -318,13 +318,13 @@ class Worker:
         return ready(outcome)
 
     def _after_write_in_place(self) -> None:
-        assert self._upkeep is not None
+        upkeep = self._upkeep
         if self._waiters:
             settle_all(self._tell_waiters())
-        if self._upkeep.checkpoint_due():
+        if upkeep is not None and upkeep.checkpoint_due():
             # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
-            settle_all(self._keep_up(self._upkeep.checkpoint))
-        if not self._upkeep.is_planned():
+            settle_all(self._keep_up(upkeep.checkpoint))
+        if upkeep is not None and not upkeep.is_planned():
             self._mailbox.ring()
 
     # -- between turns -------------------------------------------------------------------------------------------
@@ -353,8 +353,7 @@ class Worker:
 
     def _tell_waiters(self) -> list[Answer]:
         """Answer the requests that wait for changes, if there are some for them."""
-        store = self._store
-        if not self._waiters or store is None:
+        if not self._waiters or (store := self._store) is None:
             return []
         return self._waiters.answer(lambda message: store.read(message, self._now_ms()))
 
@@ -368,9 +367,10 @@ class Worker:
 
         log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
         self._tally.state = "poisoned"
+        self._upkeep = None
         behind = self._mailbox.shut(refusal)
-        failed = self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
-        return failed + self._waiters.refuse(refusal())
+        answers = self._waiters.refuse(refusal())
+        return answers + self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
 
     def _end(self) -> list[Answer]:
         error: BaseException | None = None
@@ -393,7 +393,7 @@ class Worker:
         self._mailbox.unattend(self._serve_late)
         rest = self._mailbox.take_more()
         answers = self._decide(rest) if rest else []
-        if self._upkeep is not None and self._tally.state != "poisoned":
+        if self._upkeep is not None:
             self._upkeep.settle()
         self._over = True
         answers += self._waiters.refuse(Closed(f"job {self._job_id!r} ends with the interpreter"))

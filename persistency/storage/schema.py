@@ -60,10 +60,6 @@ CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category 
                       payload BLOB, stop BLOB);
 """
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-NOTE_OF_VERSION = (
-    "INSERT INTO meta SELECT ?, value FROM meta WHERE name = 'last_version'"
-    " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-)
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
 
@@ -288,15 +284,19 @@ def migrate(connection: apsw.Connection, found: int) -> None:
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
 
 
-def keep_changes(connection: apsw.Connection, *, afresh: bool) -> None:
-    """Give a file its table of changes; `afresh` without those it has, because there is a gap behind them."""
+def keep_changes(connection: apsw.Connection, dropped: int | None, last_version: int) -> int:
+    """Give a file its table of changes; return the highest version that is no longer kept.
+
+    `dropped` is what the file says of that; if it says nothing there is a gap, and those it has are of no use.
+    """
     there = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'changes'").fetchone()
-    if there and not afresh:
-        return
+    if there and dropped is not None:
+        return dropped
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("DELETE FROM changes" if there else _CHANGES)
-    connection.execute(NOTE_OF_VERSION, ("changes_dropped",))
+    connection.execute(NOTE, ("changes_dropped", last_version))
     connection.execute("COMMIT")
+    return last_version
 
 
 def is_format_1(path: Path, vfs: str | None = None) -> bool:

@@ -292,8 +292,8 @@ def keep_beside(
     elif USED in stored:
         outdated.append(USED)
     if options.feed_changes_max:
-        schema.keep_changes(connection, afresh=DROPPED not in stored)
-        table.changes = Changes(table.execute, options.feed_changes_max, stored.get(DROPPED, table.version))
+        dropped = schema.keep_changes(connection, stored.get(DROPPED), table.version)
+        table.changes = Changes(table.execute, options.feed_changes_max, dropped)
     elif DROPPED in stored:
         outdated.append(DROPPED)
     return tuple(outdated)
