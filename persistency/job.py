@@ -152,6 +152,13 @@ class Job:
         """Ask for the rows of a range in key order, start in, stop out, at most `limit` of them."""
         return self._mailbox.read(messages.scan_range(category, key_range, reverse, limit)).map(messages.rows)
 
+    def keys(
+        self, category: str, key_range: KeyRange = _EVERYTHING, *, reverse: bool = False, limit: int | None = None
+    ) -> Reply[list[Key]]:
+        """Ask for the keys of a range alone, as `scan` does for its rows; no payload is read."""
+        message = messages.scan_range(category, key_range, reverse, limit)
+        return self._mailbox.read(message._replace(keys_only=True)).map(messages.keys)
+
     def scan_prefix(
         self, category: str, prefix: KeyLike, *, reverse: bool = False, limit: int | None = None
     ) -> Reply[list[Row]]:
@@ -285,6 +292,11 @@ class Job:
         return self._mailbox.drain()
 
     # -- the handle ----------------------------------------------------------------------------------------------
+
+    @property
+    def now_ms(self) -> int:
+        """The job's time, in Unix milliseconds: what decides which rows have ended, and where a TTL begins."""
+        return self._now_ms()
 
     @property
     def closed(self) -> bool:

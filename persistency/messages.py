@@ -285,6 +285,11 @@ def rows(pairs: list[tuple[bytes, bytes]]) -> list[Row]:
     return list(map(_make_row, ((Key(key), payload) for key, payload in pairs)))
 
 
+def keys(pairs: list[tuple[bytes, bytes]]) -> list[Key]:
+    """Return what a scan of keys alone gives."""
+    return [Key(key) for key, _ in pairs]
+
+
 def row(key: bytes, payload: bytes) -> Row:
     """Return one row of a walk."""
     return Row(Key(key), payload)

@@ -22,7 +22,7 @@ from persistency import messages
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.settling import ready
 from persistency.arguments import as_category, as_count, as_flag, as_function, as_key_bytes, as_payload
-from persistency.codec.keys import KeyRange
+from persistency.codec.keys import Key, KeyRange
 from persistency.errors import Closed, Misuse
 from persistency.ops import Change, Entry, Found, KeyLike, Op, Payload, Row, Ttl
 from persistency.paging import Pages
@@ -157,6 +157,13 @@ class Transaction:
     ) -> list[Row]:
         """Return the rows of a range in key order, start in, stop out, at most `limit` of them."""
         return messages.rows(self._do(messages.scan_range(category, key_range, reverse, limit)))
+
+    def keys(
+        self, category: str, key_range: KeyRange = _EVERYTHING, *, reverse: bool = False, limit: int | None = None
+    ) -> list[Key]:
+        """Return the keys of a range alone; no payload is read."""
+        message = messages.scan_range(category, key_range, reverse, limit)
+        return messages.keys(self._do(message._replace(keys_only=True)))
 
     def scan_prefix(
         self, category: str, prefix: KeyLike, *, reverse: bool = False, limit: int | None = None

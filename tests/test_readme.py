@@ -1,4 +1,4 @@
-"""The README, executed: every code block runs, as it stands there."""
+"""The README and the pages of docs, executed: every code block runs, as it stands there."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 BLOCKS = [
-    (match.group(1), match.group(2), README.read_text()[: match.start()].count("\n") + 1)
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    (match.group(1), match.group(2), f"{page.stem}-line-{page.read_text()[: match.start()].count(chr(10)) + 1}")
+    for page in PAGES
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 ]
 
 
 def blocks(language: str) -> list[object]:
-    """The README's blocks of a language, named by their line."""
-    return [pytest.param(text, id=f"line-{line}") for name, text, line in BLOCKS if name == language]
+    """The blocks of a language, named by their page and line."""
+    return [pytest.param(text, id=where) for name, text, where in BLOCKS if name == language]
 
 
 def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -33,7 +35,7 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_block_is_of_a_kind_that_is_executed() -> None:
-    """There is no code block in the README that the tests here don't know how to run."""
+    """There is no code block that the tests here don't know how to run."""
     assert {name for name, _, _ in BLOCKS} <= {"python", "sh", "sql"}
 
 
@@ -83,6 +85,13 @@ def test_shell_blocks_run(block: str, tmp_path: Path) -> None:
                 "python3 -m venv v && v/bin/pip install '.[cli]' && v/bin/persistency demo",
                 "python3 -m venv v && v/bin/pip install '.[test]' && v/bin/python -m pytest",
             }
+
+
+def test_links_lead_somewhere() -> None:
+    """What a page links to in this repository is there."""
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert links
+    assert [str(page.parent / link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_ci_runs_the_two_commands_of_the_readme() -> None:

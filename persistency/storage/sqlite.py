@@ -289,6 +289,7 @@ def keep_beside(
         used_ms = stored.get(USED_MS, table.now_ms)
         used = stored[USED] if USED in stored else count_used(table.execute, used_ms)
         table.quota = Quota(table.execute, options.max_bytes, used, used_ms)
+        table.now_ms = max(table.now_ms, used_ms)  # what has been counted as ended stays so
     elif USED in stored:
         outdated.append(USED)
     if options.feed_changes_max:
