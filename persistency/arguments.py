@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key, pack
+from persistency.codec.values import INT_BYTES_MAX
 from persistency.errors import Misuse
 from persistency.storage.port import PAYLOAD_BYTES_MAX
 
@@ -48,6 +49,14 @@ class _Categories(dict[str, bytes]):
 
 
 CATEGORIES = _Categories()
+
+
+def shown(value: Any) -> str:
+    """Return what somebody has passed in a few characters."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:  # Python prints no int of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def as_category(value: str) -> bytes:
@@ -131,7 +140,7 @@ def as_count(value: Any, argument: str, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise Misuse(f"{argument} must be an int, not {type(value).__name__}: pass {least} or more")
     if value < least:
-        raise Misuse(f"{argument} must be at least {least}, not {value}: pass {least} or more")
+        raise Misuse(f"{argument} must be at least {least}, not {shown(value)}: pass {least} or more")
     return min(int(value), 2**62)  # more than there can be of anything, and still a number for every engine
 
 
@@ -143,7 +152,7 @@ def as_limit(value: Any, argument: str = "limit") -> int | None:
 def as_flag(value: Any, argument: str) -> bool:
     """Return a truth value; only a bool is one."""
     if not isinstance(value, bool):
-        raise Misuse(f"{argument} must be a bool, not {type(value).__name__} ({value!r:.40}): pass True or False")
+        raise Misuse(f"{argument} must be a bool, not {type(value).__name__} ({shown(value)}): pass True or False")
     return value
 
 
@@ -155,14 +164,14 @@ def as_seconds(value: Any, argument: str, *, optional: bool = True) -> float | N
         instead = "a number of seconds" + (", or None to wait as long as it takes" if optional else "")
         raise Misuse(f"{argument} must be a number, not {type(value).__name__}: pass {instead}")
     if not value >= 0:  # NaN too
-        raise Misuse(f"{argument} must be 0 or more seconds, not {value!r}")
+        raise Misuse(f"{argument} must be 0 or more seconds, not {shown(value)}")
     return float(min(value, 1e8))  # longer than a lock can be told to wait
 
 
 def as_choice(value: Any, argument: str, choices: tuple[str, ...]) -> Any:
     """Return one of a few words."""
     if value not in choices:
-        raise Misuse(f"{argument} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        raise Misuse(f"{argument} must be one of {', '.join(map(repr, choices))}, not {shown(value)}")
     return value
 
 
@@ -178,7 +187,7 @@ def as_ttl_ms(value: Any, argument: str = "ttl") -> int:
         raise Misuse(f"{argument} must be seconds or a timedelta, not {type(value).__name__}: pass {argument}=60.0")
     if not 0 < seconds <= TTL_SECONDS_MAX:  # NaN too
         raise Misuse(
-            f"{argument} must be more than 0 and at most {TTL_SECONDS_MAX:,} seconds, not {value!r:.40}: "
+            f"{argument} must be more than 0 and at most {TTL_SECONDS_MAX:,} seconds, not {shown(value)}: "
             "leave it out for what shall not end"
         )
     return max(1, round(seconds * 1000))
@@ -193,6 +202,8 @@ def as_delta(value: Any) -> int:
     """Return by how much to count; any int but a bool."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise Misuse(f"delta must be an int, not {type(value).__name__}: pass 1, or -1")
+    if value.bit_length() > 8 * INT_BYTES_MAX - 1:
+        raise Misuse(f"delta is too large to be stored: pass an int of up to {INT_BYTES_MAX} bytes")
     return int(value)
 
 

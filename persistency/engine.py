@@ -290,6 +290,8 @@ class Persistency:
 
     def _closing(self) -> Generator[Reply[None], None, None]:
         with self._lock:
+            for job in self._jobs.values():
+                job._check_outside()
             self._closed = True
             jobs, self._jobs = self._jobs, {}
         leaving = {job_id: job._leave() for job_id, job in jobs.items()}

@@ -81,7 +81,9 @@ class Conflict(PersistencyError):
 
 
 def _version(value: Any) -> str:
-    return "no row" if value is None else f"version {value}" if isinstance(value, int) else repr(value)
+    if value is None:
+        return "no row"
+    return f"version {value}" if type(value) is int else value if isinstance(value, str) else repr(value)
 
 
 class QuotaExceeded(PersistencyError):

@@ -289,6 +289,7 @@ class Job:
 
     def drain(self) -> Reply[None]:
         """Answer when less than half of the mailbox's bounds is waiting: `await` it to pace a producer."""
+        self._mailbox.check_outside()
         return self._mailbox.drain()
 
     # -- the handle ----------------------------------------------------------------------------------------------
@@ -315,7 +316,6 @@ class Job:
         the last flush, and `TimeoutError` after `timeout` seconds, which says what is left and keeps closing.
         """
         timeout = as_seconds(timeout, "timeout")
-        self._mailbox.check_outside()
         reply = self._leave(drain=as_flag(drain, "drain"))
         try:
             reply.result(timeout)
@@ -333,7 +333,12 @@ class Job:
 
     def _leave(self, *, drain: bool = True, flush: bool = True) -> Reply[None]:
         """Begin to close; the reply is what `close` waits for. Without `flush` failures are left to other handles."""
+        self._check_outside()
         return self._release(self, drain, flush)
+
+    def _check_outside(self) -> None:
+        """Raise `Misuse` inside the job's own `run`, where nobody can wait for its end."""
+        self._mailbox.check_outside()
 
     def _shut(self) -> Mailbox:
         """Make this handle refuse everything from now on; return the mailbox it had. For the engine."""

@@ -36,7 +36,7 @@ from persistency.arguments import (
     as_ttl_ms,
 )
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key
-from persistency.codec.values import decode, encode
+from persistency.codec.values import INT_BYTES_MAX, decode, encode
 from persistency.errors import Conflict, Corrupt, Misuse
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, KeyLike, Op, Payload, Put, Row, Ttl
 from persistency.storage.port import (
@@ -120,7 +120,11 @@ def add(category: str, key: KeyLike, delta: int) -> Run:
     def run(within: Within) -> int:
         row: StoredRow | None = within.do(GetEntry(name, at))
         total = by if row is None else _as_integer(at, row.payload) + by
-        within.do(SetRow(name, at, encode(total), None if row is None else row.expires_ms))
+        try:
+            payload = encode(total)
+        except Misuse as error:
+            raise Conflict(at, f"a sum of at most {INT_BYTES_MAX} bytes", "a larger one") from error
+        within.do(SetRow(name, at, payload, None if row is None else row.expires_ms))
         return total
 
     return Run(run, (f"increment {category!r} {at!r}",))
@@ -132,7 +136,7 @@ def _as_integer(key: Key, payload: bytes) -> int:
     except Corrupt as error:
         raise Conflict(key, "a CBOR integer", "bytes that aren't CBOR") from error
     if not isinstance(value, int) or isinstance(value, bool):
-        raise Conflict(key, "a CBOR integer", value, hint="Count under a key of its own.")
+        raise Conflict(key, "a CBOR integer", f"a {type(value).__name__}", hint="Count under a key of its own.")
     return value
 
 
