@@ -207,7 +207,7 @@ class Job:
         Raises `FeedTruncated` if one of them is no longer kept, and `Misuse` if the job keeps none: open it with
         `feed_changes_max`. Cancel a reply that waits and that nobody wants any more: `requests_max` of them may wait.
         """
-        message = messages.list_changes(after, limit, wait)
+        message = messages.list_changes(after, limit, wait, self)
         if not self._keeps_changes and not self._closed:
             raise Misuse(f"job {self.id!r} keeps no changes: open it with feed_changes_max=10_000")
         reply = self._mailbox.ask(message, reads=True) if wait else self._mailbox.read(message)

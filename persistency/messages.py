@@ -275,9 +275,9 @@ def list_entries(category: str) -> ListEntries:
     return ListEntries(as_category(category))
 
 
-def list_changes(after: int, limit: int, wait: bool) -> ListChanges:
-    """Return the message of a read of changes."""
-    return ListChanges(as_count(after, "after", 0), as_count(limit, "limit", 1), as_flag(wait, "wait"))
+def list_changes(after: int, limit: int, wait: bool, origin: Any = None) -> ListChanges:
+    """Return the message of a read of changes, which `origin` asks for."""
+    return ListChanges(as_count(after, "after", 0), as_count(limit, "limit", 1), as_flag(wait, "wait"), origin)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.settling import pending, ready, settle_all
 from persistency.actor.worker import Worker
-from persistency.errors import JobLocked, Misuse, PersistencyError
+from persistency.errors import Closed, JobLocked, Misuse, PersistencyError
 from persistency.job import Job
 from persistency.messages import name_ops
 from persistency.options import JobOptions, differing
@@ -199,6 +199,8 @@ class Site:
                 closed = self._close(job.id, entry, drain=drain)
         if last:
             return closed
+        if entry.worker is not None:
+            entry.worker.waiters.leave(job, Closed(f"job {job.id!r} is closed"))
         try:
             return mailbox.write(Barrier(), 0, 0, free=True) if drain and flush else ready()
         except PersistencyError as error:  # the job is poisoned

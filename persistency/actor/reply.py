@@ -93,6 +93,7 @@ class Reply(Future[T]):
     _exception: BaseException | None = None
     _line: Line | None = None
     _reads = False
+    _unwanted = False
     _ticket = -2  # the generation of the line it stands in; -1: withdrawn
     _unseen: Unseen | None = None
     _made_condition: threading.Condition | None = None
@@ -147,9 +148,14 @@ class Reply(Future[T]):
 
     def cancel(self) -> bool:
         """Take a read that hasn't started out of the mailbox. Returns whether the request is now cancelled."""
-        if self._state == CANCELLED:
+        line = self._line
+        if self._state == CANCELLED or not self._reads or line is None:
+            return self._state == CANCELLED
+        if line.withdraw(self):
             return True
-        return self._reads and self._line is not None and self._line.withdraw(self)
+        # On its way from one line to another: then whoever comes second of the two sees that it isn't wanted.
+        self._unwanted = True
+        return self._line is not None and self._line is not line and self._line.withdraw(self)
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call `fn(reply)` when the reply is settled: at once if it is, else in the thread that settles it."""

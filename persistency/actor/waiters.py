@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from persistency.actor.reply import Reply
-from persistency.actor.settling import cancel
-from persistency.errors import Overloaded, StorageError
+from persistency.actor.settling import cancel, settle_all
+from persistency.errors import Closed, Overloaded, StorageError
 from persistency.storage.port import Failed, ListChanges
 
 Answer = tuple[Reply[Any], Any, BaseException | None]
@@ -42,8 +42,12 @@ class Waiters:
                 return self._refusal
             if len(self._parked) >= self._limit:
                 return Overloaded(f"{self._limit} requests wait for changes already", hint="Cancel those given up.")
+            if getattr(message.origin, "closed", False):
+                return Closed("the job was closed through the handle that asked")
             self._parked[reply] = message
             reply._line = self
+        if reply._unwanted:
+            self.withdraw(reply)
         return None
 
     def answer(self, read: Callable[[ListChanges], Any]) -> list[Answer]:
@@ -71,6 +75,14 @@ class Waiters:
             self._refusal = error
             parked, self._parked = self._parked, {}
         return [(reply, None, error) for reply in parked]
+
+    def leave(self, origin: Any, error: BaseException) -> None:
+        """Tell those who asked through one handle that it is closed."""
+        with self._lock:
+            left = [reply for reply, message in self._parked.items() if message.origin is origin]
+            for reply in left:
+                del self._parked[reply]
+        settle_all([(reply, None, error) for reply in left])
 
     def withdraw(self, reply: Reply[Any]) -> bool:
         """Take a request out and settle it as cancelled; return whether it was there."""

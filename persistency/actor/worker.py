@@ -83,8 +83,8 @@ class Worker:
         self._stall_timeout = stall_timeout
         self._tally = Tally()
         self._failures = failures
-        self._waiters = Waiters(waiters_max)
-        self._accounts = Accounts(self._tally, failures, mailbox, self._waiters, name_ops)
+        self.waiters = Waiters(waiters_max)
+        self._accounts = Accounts(self._tally, failures, mailbox, self.waiters, name_ops)
         self._store: Store | None = None
         self._upkeep: Upkeep | None = None
         self._over = False  # the thread has nothing left to do
@@ -319,7 +319,7 @@ class Worker:
 
     def _after_write_in_place(self) -> None:
         upkeep = self._upkeep
-        if self._waiters:
+        if self.waiters:
             settle_all(self._tell_waiters())
         if upkeep is not None and upkeep.checkpoint_due():
             # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
@@ -353,9 +353,9 @@ class Worker:
 
     def _tell_waiters(self) -> list[Answer]:
         """Answer the requests that wait for changes, if there are some for them."""
-        if not self._waiters or (store := self._store) is None:
+        if not self.waiters or (store := self._store) is None:
             return []
-        return self._waiters.answer(lambda message: store.read(message, self._now_ms()))
+        return self.waiters.answer(lambda message: store.read(message, self._now_ms()))
 
     def _poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
         """Refuse everything from now on; fail the group and all that waits behind it."""
@@ -369,7 +369,7 @@ class Worker:
         self._tally.state = "poisoned"
         self._upkeep = None
         behind = self._mailbox.shut(refusal)
-        answers = self._waiters.refuse(refusal())
+        answers = self.waiters.refuse(refusal())
         return answers + self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
 
     def _end(self) -> list[Answer]:
@@ -383,7 +383,7 @@ class Worker:
             self._store = self._upkeep = None
         self._over = self._ended = True
         self._tally.state = "closed"
-        answers = self._waiters.refuse(Closed(f"job {self._job_id!r} is closed"))
+        answers = self.waiters.refuse(Closed(f"job {self._job_id!r} is closed"))
         answers.append((self.closed, None, self._failures.take() or error))
         return answers if self._retired is None else [*answers, (self._retired, None, None)]
 
@@ -396,5 +396,5 @@ class Worker:
         if self._upkeep is not None:
             self._upkeep.settle()
         self._over = True
-        answers += self._waiters.refuse(Closed(f"job {self._job_id!r} ends with the interpreter"))
+        answers += self.waiters.refuse(Closed(f"job {self._job_id!r} ends with the interpreter"))
         return [*answers, (self._retired, None, None)]

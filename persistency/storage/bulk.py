@@ -138,17 +138,23 @@ def _chunks(
     before: int,
 ) -> Iterator[Chunk]:
     alone = categories.count(categories[0]) == len(categories)
-    parts: list[Iterable[bytes]] = [map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads]
-    if ends is not None:
-        parts.insert(1, map(_ENDS.__getitem__, ends))
     if alone and (len(keys) < SORT_ROWS_MIN or _in_order(keys)):
+        parts: list[Iterable[bytes]] = [map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads]
+        if ends is not None:
+            parts.insert(1, map(_ENDS.__getitem__, ends))
         blobs = tuple(map(b"".join, zip(*parts, strict=True)))
         yield Chunk(_STATEMENTS[False, ends is not None], categories[0], before, apsw.carray(blobs), len(blobs))
         return
     # Twice stable: by key, then by category. Of equal keys the later row stays the later one, and wins.
     order = sorted(range(len(keys)), key=keys.__getitem__)
     order.sort(key=categories.__getitem__)
-    of_rows = list(map(b"".join, zip(map(_PLACES.__getitem__, range(len(keys))), *parts, strict=True)))
     for category, places in groupby(order, categories.__getitem__):
-        blobs = tuple(map(of_rows.__getitem__, places))
+        if ends is None:
+            blobs = tuple(b"".join((_PLACES[at], _LENGTHS[len(keys[at])], keys[at], payloads[at])) for at in places)
+        else:
+            blobs = tuple(
+                b"".join((_PLACES[at], _LENGTHS[len(keys[at])], _ENDS[ends[at]], keys[at], payloads[at]))
+                for at in places
+            )
         yield Chunk(_STATEMENTS[True, ends is not None], category, before, apsw.carray(blobs), len(blobs))
+        del blobs

@@ -308,7 +308,7 @@ class MemoryStore:
         return count
 
     def _swap_row(self, message: SwapRow) -> bool | Failed:
-        category, key, expected, payload, expires_ms = message
+        category, key, expected, payload, expires_ms = message[:5]
         if self._table.payload(category, key) != expected:
             return False
         if payload is None:

@@ -209,12 +209,14 @@ class UsedBytes(NamedTuple):
 class ListChanges(NamedTuple):
     """Answer: the first `limit` changes with a version above `after`, as `StoredChange`s in order.
 
-    `Failed(FeedTruncated)` if one of those is no longer kept. Whether the caller will `wait` is nothing to a store.
+    `Failed(FeedTruncated)` if one of those is no longer kept. Whether the caller will `wait` is nothing to a store;
+    `origin` belongs to the caller.
     """
 
     after: int
     limit: int
     wait: bool = False
+    origin: Any = None
 
 
 class LastVersion(NamedTuple):

@@ -188,6 +188,7 @@ class Table:
             self.execute(chunk.statements.rows, (chunk.category, chunk.before, chunk.array))
             if self.changes is not None:
                 self.changes.add_chunk(chunk)
+            del chunk  # before the next one is made
 
     def _write_one(self, row: tuple[bytes, bytes, bytes, int], end: int | None) -> None:
         if end is None:
