@@ -275,7 +275,8 @@ class Job:
         again if its transaction has to be: let it be short, and have no effects but through `tx`. Requests to the job
         itself raise `Misuse` inside of it; generators and coroutine functions are refused.
         """
-        return self._write(program(fn, args, self._now_ms, self._mailbox))
+        message = program(fn, args, self._now_ms, self._mailbox)
+        return self._mailbox.write(message, 1, messages.argument_bytes(args))
 
     def _write(self, message: Any) -> Reply[Any]:
         return self._mailbox.write(message, 1, messages.message_bytes(message))

@@ -205,6 +205,15 @@ def message_bytes(message: Any) -> int:
             return len(message.category) + len(message.key)
 
 
+def argument_bytes(args: Iterable[Any]) -> int:
+    """Return the bytes of text and bytes among a function's arguments, which wait with it."""
+    return sum(
+        arg.nbytes if isinstance(arg, memoryview) else len(arg)
+        for arg in args
+        if isinstance(arg, bytes | bytearray | memoryview | str)
+    )
+
+
 def name_ops(category: bytes | None, message: Any, payload: Any) -> tuple[Any, ...]:
     """Return the operations a message was made of: the very objects of a batch, else ones that mean the same."""
     if category is not None:

@@ -27,6 +27,8 @@ FLOORS = [
     "shared",
     "kvstore",
     "category",
+    "mapping",
+    "coding",
     "feed",
     "engine",
     "registry",
@@ -80,6 +82,7 @@ DOORS = {
     "asyncio": ("actor.reply", "category", "kvstore", "feed", "shared", "integrations", "recipes"),
     "msgspec": ("codec.objects",),
     "pydantic": ("codec.objects",),
+    "pydantic_core": ("codec.objects",),
     "typer": ("cli",),
     "rich": ("cli",),
     "threading": (
