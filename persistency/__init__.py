@@ -12,7 +12,10 @@ accepted is committed in order, or its failure is told by `flush()`, `close()`, 
 
 from persistency.actor.reply import Reply
 from persistency.actor.tally import Statistics
+from persistency.category import Category
 from persistency.codec.keys import Key, KeyRange, RawKey, key
+from persistency.codec.objects import CBOR, RAW, Codec, typed
+from persistency.coding import CategoryEntry, CategoryRow
 from persistency.engine import Persistency
 from persistency.errors import (
     Closed,
@@ -35,16 +38,60 @@ from persistency.errors import (
     WriteFailed,
 )
 from persistency.job import Job
+from persistency.kvstore import KVStore
+from persistency.mapping import CategoryMapping
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
 from persistency.storage.port import StoredJob
 from persistency.transaction import Transaction
 
 __all__ = [
-    "Change", "Check", "Closed", "Conflict", "Corrupt", "Delete", "DeletePrefix", "DeleteRange", "DiskFull",
-    "Entry", "Failure", "FeedTruncated", "Forked", "Found", "Job", "JobLocked", "JobNotFound", "Key", "KeyRange",
-    "Misuse", "Op", "Overloaded", "Persistency", "PersistencyError", "Poisoned", "Put", "QuotaExceeded", "RawKey",
-    "Reply", "Row", "SchemaTooNew", "Statistics", "StorageError", "StoredJob", "Transaction", "Unavailable",
-    "WriteFailed", "key",
+    "CBOR",
+    "RAW",
+    "Category",
+    "CategoryEntry",
+    "CategoryMapping",
+    "CategoryRow",
+    "Change",
+    "Check",
+    "Closed",
+    "Codec",
+    "Conflict",
+    "Corrupt",
+    "Delete",
+    "DeletePrefix",
+    "DeleteRange",
+    "DiskFull",
+    "Entry",
+    "Failure",
+    "FeedTruncated",
+    "Forked",
+    "Found",
+    "Job",
+    "JobLocked",
+    "JobNotFound",
+    "KVStore",
+    "Key",
+    "KeyRange",
+    "Misuse",
+    "Op",
+    "Overloaded",
+    "Persistency",
+    "PersistencyError",
+    "Poisoned",
+    "Put",
+    "QuotaExceeded",
+    "RawKey",
+    "Reply",
+    "Row",
+    "SchemaTooNew",
+    "Statistics",
+    "StorageError",
+    "StoredJob",
+    "Transaction",
+    "Unavailable",
+    "WriteFailed",
+    "key",
+    "typed",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

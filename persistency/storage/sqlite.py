@@ -193,8 +193,9 @@ class SqliteStore:
                 self._connection.pragma("synchronous", "full")
             self._execute("BEGIN IMMEDIATE")
             self._table.tell(self._table.now_ms)
+            changed = self._connection.total_changes()
             outcomes = run(group, refused)
-            self._commit(before.version, writes=writes, sync=sync)
+            self._commit(before.version, writes=self._connection.total_changes() != changed, sync=sync)
             return outcomes
         except BaseException:
             self._roll_back()
@@ -211,14 +212,14 @@ class SqliteStore:
                     self._connection.pragma("synchronous", "normal")
 
     def _commit(self, before: int, *, writes: bool, sync: bool) -> None:
-        if writes:
+        version = self._table.version
+        if writes or version != before:
             for note in self._table.notes().items():
                 self._execute(schema.NOTE, note)
             for name in self._outdated:
                 self._execute("DELETE FROM meta WHERE name = ?", (name,))
             if self._clean:
                 self._execute("UPDATE meta SET value = 0 WHERE name = 'clean'")
-        version = self._table.version
         if version != before:
             self._execute("UPDATE meta SET value = ? WHERE name = 'last_version'", (version,))
         if sync:
@@ -229,9 +230,8 @@ class SqliteStore:
         except apsw.Error as error:
             if self._connection.in_transaction or not self._happened(error, before):
                 raise
-        self._clean = self._clean and not writes
-        if writes and self._outdated:
-            self._outdated = ()
+        if writes or version != before:
+            self._clean, self._outdated = False, ()
 
     def _happened(self, error: apsw.Error, before: int) -> bool:
         """After a COMMIT that raised and left no transaction open: find out whether it happened all the same."""
