@@ -80,6 +80,10 @@ class Groups:
             Barrier: lambda _message: None,
         }
 
+    def knows(self, kind: type) -> bool:
+        """Say whether there are messages of a kind."""
+        return kind in self._answers
+
     def answer(self, message: Any) -> Any:
         """Return the answer of one message."""
         return self._answers[type(message)](message)
@@ -234,7 +238,7 @@ class Inside:
         if self.broken is not None:
             raise translated(self.broken, "the transaction is broken")
         kind = type(message)
-        if kind in (Barrier, Reap, Expect):
+        if kind in (Barrier, Reap, Expect) or not (kind is Run or self._groups.knows(kind)):
             raise Misuse(f"{kind.__name__} has no place inside a run")
         outcome = self._read(message, kind) if kind in READS else self._apply(message, kind)
         if type(outcome) is Failed:

@@ -212,6 +212,8 @@ class SqliteStore:
                     self._connection.pragma("synchronous", "normal")
 
     def _commit(self, before: int, *, writes: bool, sync: bool) -> None:
+        if writes and DROPPED in self._outdated and self._table.version == before:
+            self._table.version += 1  # rows were reaped: who follows the changes must see that some are missing
         version = self._table.version
         if writes or version != before:
             for note in self._table.notes().items():

@@ -1,37 +1,22 @@
-"""What a storage adapter must do to carry jobs: a conformance suite anyone can run against their own.
-
-With pytest, subclass the suite under a name pytest collects, and say how a store is opened:
-
-    from persistency.testing import StoreConformance
-
-    class TestMyStore(StoreConformance):
-        def open_store(self):
-            return MyRoot(...).open("conformance", StoreOptions())
+"""Checks of rows without an end: puts, reads, removals, ranges, in groups of every size.
 
 Rules:
-  1. Every check opens one new, empty store by `open_store()` and closes it. An adapter whose jobs outlive their
-     store also overrides `reopen_store()`, which opens again what was opened last.
-  2. Without pytest, `check_store(open_store)` raises the first `AssertionError`, whose message says what was expected.
+  1. Each check asks on both ways there are: in a group, among its writes, and outside one.
 
-Doesn't know: pytest, files, SQL, threads, and any adapter.
+Doesn't know: pytest, any adapter; time, batches, quotas and changes are checked elsewhere.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from persistency.errors import Conflict
 from persistency.storage.port import (
     Barrier,
     Batch,
     CountRange,
     DropRange,
     DropRow,
-    Expect,
-    Failed,
     GetEntry,
     GetRow,
     GetRows,
@@ -39,92 +24,29 @@ from persistency.storage.port import (
     HasRow,
     LastVersion,
     ListCategories,
+    ListEntries,
     ScanRange,
-    Store,
     StoredRow,
+    UsedBytes,
 )
+from persistency.testing.checks import NOW_MS, Checks, answers, batch, dump, group, put, same, used
 
-__all__ = ["NOW_MS", "StoreConformance", "batch", "check_store", "dump", "group", "put"]
-
-NOW_MS = 1_000_000
 GROUP_SIZES = (*range(1, 71), 127, 128, 255, 256, 257, 260, 288, 292, 293, 511, 512, 513, 549, 768, 999, 1000)
 
 
-def put(category: bytes, key: bytes, payload: bytes) -> Group:
-    """Return a plain put as the three places of a group."""
-    return [category, key, payload]
-
-
-def group(*messages: Any) -> Group:
-    """Return a group of plain puts (lists of three places, as `put` gives) and messages, in this order."""
-    places: Group = []
-    for message in messages:
-        places += message if isinstance(message, list) else [None, message, None]
-    return places
-
-
-def batch(*items: Any) -> Batch:
-    """Return a batch of plain puts, writes and `Expect`s."""
-    return Batch(group(*items), len(items), any(isinstance(item, Expect) for item in items))
-
-
-def dump(store: Store, now_ms: int = NOW_MS) -> dict[bytes, list[StoredRow]]:
-    """Return every live row a store holds, by category, as its reads tell them."""
-    return {
-        category: [
-            store.read(GetEntry(category, key), now_ms)
-            for key, _ in store.scan(ScanRange(category, b"", None, keys_only=True), now_ms)
-        ]
-        for category in store.read(ListCategories(), now_ms)
-    }
-
-
-def same(got: Any, expected: Any, what: str) -> None:
-    """Raise `AssertionError` unless what was got equals what was expected, in type too."""
-    if got != expected or (isinstance(expected, (bool, int)) and type(got) is not type(expected)):
-        raise AssertionError(f"{what}: expected {_short(expected)}, got {_short(got)}")
-
-
-def _short(value: Any) -> str:
-    return repr(value) if len(repr(value)) <= 300 else repr(value)[:300] + "..."
-
-
-def _conflict(outcome: Any, key: bytes, expected: int | None, actual: int | None) -> None:
-    if not isinstance(outcome, Failed) or not isinstance(outcome.error, Conflict):
-        raise AssertionError(f"a failed Expect: expected Failed(Conflict), got {_short(outcome)}")
-    error = outcome.error
-    same((error.key, error.expected, error.actual), (key, expected, actual), "the conflict's key, expected and actual")
-
-
-class StoreConformance:
-    """The checks: every `test_*` method opens one store and asks it everything its name says."""
-
-    def open_store(self) -> Store:
-        """Return a new, empty store. To be overridden."""
-        raise NotImplementedError("override open_store() to return a new, empty store of your adapter")
-
-    def reopen_store(self) -> Store | None:
-        """Return the store opened last, after its `close`, open again; `None` if its rows end with it."""
-        return None
-
-    @contextmanager
-    def store(self, store: Store | None = None) -> Iterator[Store]:
-        """Give a store, a new one if none is given, and close it whatever happens."""
-        store = self.open_store() if store is None else store
-        try:
-            yield store
-        finally:
-            store.close()
+class RowChecks(Checks):
+    """What plain puts, removals and reads do."""
 
     def test_a_new_store_is_empty(self) -> None:
         """A new store has no rows, no categories and version 0, in a group and outside one."""
         with self.store() as store:
             reads: list[Any] = [ListCategories(), LastVersion(), GetRow(b"c", b"k"), HasRow(b"c", b"k")]
             reads += [GetEntry(b"c", b"k"), GetRows(b"c", (b"k",))]
-            reads += [ScanRange(b"c", b"", None), CountRange(b"c", b"", None)]
-            answers = [[], 0, None, False, None, [], [], 0]
-            same(store.apply(group(*reads), NOW_MS), answers, "reads of an empty store in a group")
-            same([store.read(read, NOW_MS) for read in reads], answers, "reads of an empty store")
+            reads += [ScanRange(b"c", b"", None), CountRange(b"c", b"", None), ListEntries(b"c"), UsedBytes()]
+            empty = [[], 0, None, False, None, [], [], 0, [], 0]
+            answers(store.apply(group(*reads), NOW_MS), empty, "reads of an empty store in a group")
+            answers([store.read(read, NOW_MS) for read in reads], empty, "reads of an empty store")
+            same(store.next_expiry_ms, None, "when the first row of an empty store ends")
             same(store.apply([], NOW_MS), [], "an empty group")
             same(store.status().last_version, 0, "the last version of an empty store")
             same(type(store.reads_in_place), bool, "the type of reads_in_place")
@@ -181,13 +103,14 @@ class StoreConformance:
         with self.store() as store:
             reads: list[Any] = [GetRow(b"c", b"k"), HasRow(b"c", b"k"), GetEntry(b"c", b"k"), GetRows(b"c", (b"k",))]
             reads += [ScanRange(b"c", b"", None), CountRange(b"c", b"", None), ListCategories(), LastVersion()]
+            reads += [ListEntries(b"c"), UsedBytes()]
 
             def state(payload: bytes | None, version: int) -> list[Any]:
                 if payload is None:
-                    return [None, False, None, [], [], 0, [], version]
+                    return [None, False, None, [], [], 0, [], version, [], 0]
                 pairs = [(b"k", payload)]
                 row = StoredRow(b"k", payload, version, None)
-                return [payload, True, row, pairs, pairs, 1, [b"c"], version]
+                return [payload, True, row, pairs, pairs, 1, [b"c"], version, [row], len(payload)]
 
             steps: list[tuple[Any, Any, bytes | None]] = [
                 (put(b"c", b"k", b"1"), None, b"1"),
@@ -256,66 +179,6 @@ class StoreConformance:
                 same(store.scan(ScanRange(b"c", b"", None), NOW_MS), pairs, f"left by [{start!r}, {stop!r})")
                 same(store.read(CountRange(b"d", b"", None), NOW_MS), len(keys), "the other category")
 
-    def test_batches_answer_their_last_version(self) -> None:
-        """A batch answers the version of its last operation, every operation takes one, an empty one none."""
-        with self.store() as store:
-            messages = [put(b"c", b"k", b"0"), batch(put(b"c", b"a", b"1"), put(b"c", b"b", b"2")), batch()]
-            messages += [batch(put(b"c", b"a", b"3"), DropRow(b"c", b"b"), DropRange(b"x", b"", None)), batch()]
-            messages += [batch(Expect(b"c", b"a", 4), put(b"c", b"a", b"4")), batch(Expect(b"c", b"z", None))]
-            messages += [LastVersion(), put(b"c", b"z", b"5"), LastVersion()]
-            same(store.apply(group(*messages), NOW_MS), [None, 3, 3, 6, 6, 8, 9, 9, None, 10], "the batches' versions")
-            rows = [StoredRow(b"a", b"4", 8, None), StoredRow(b"k", b"0", 1, None), StoredRow(b"z", b"5", 10, None)]
-            same(dump(store), {b"c": rows}, "the rows")
-
-    def test_a_batch_applies_in_order(self) -> None:
-        """Within a batch the later operation on a key wins: put, drop, put; drop, put, drop."""
-        with self.store() as store:
-            first = batch(put(b"c", b"k", b"1"), DropRow(b"c", b"k"), put(b"c", b"k", b"2"))
-            second = batch(DropRow(b"c", b"k"), put(b"c", b"k", b"3"), DropRange(b"c", b"", None))
-            third = batch(*[put(b"c", b"k", b"%d" % at) for at in range(100)])
-            read = GetEntry(b"c", b"k")
-            expected = [3, StoredRow(b"k", b"2", 3, None), 6, None, 106, StoredRow(b"k", b"99", 106, None)]
-            same(store.apply(group(first, read, second, read, third, read), NOW_MS), expected, "batches and the row")
-
-    def test_expectations_that_hold(self) -> None:
-        """An `Expect` holds for the row's exact version, or for `None` where there is no row, wherever it stands."""
-        with self.store() as store:
-            store.apply(group(put(b"c", b"k", b"1")), NOW_MS)
-            holds = batch(put(b"c", b"k", b"2"), Expect(b"c", b"k", 1), Expect(b"d", b"k", None))
-            same(store.apply(group(holds), NOW_MS), [4], "a batch whose expectations hold")
-            same(store.read(GetEntry(b"c", b"k"), NOW_MS), StoredRow(b"k", b"2", 2, None), "the row")
-
-    def test_expectations_look_before_the_batch(self) -> None:
-        """An `Expect` looks at the state before its batch, but after all that the group did before it."""
-        with self.store() as store:
-            make = batch(put(b"c", b"k", b"1"), Expect(b"c", b"k", None))
-            again = batch(put(b"c", b"k", b"2"), Expect(b"c", b"k", None))
-            own = batch(DropRow(b"c", b"k"), Expect(b"c", b"k", None))
-            follow = batch(Expect(b"c", b"k", 4), put(b"c", b"k", b"4"))
-            outcomes = store.apply(group(make, again, own, put(b"c", b"x", b""), put(b"c", b"k", b"3"), follow), NOW_MS)
-            same(outcomes[0], 2, "the first batch")
-            _conflict(outcomes[1], b"k", None, 1)
-            _conflict(outcomes[2], b"k", None, 1)
-            same(outcomes[3:], [None, None, 6], "what follows the conflicts")
-            rows = [StoredRow(b"k", b"4", 6, None), StoredRow(b"x", b"", 3, None)]
-            same(dump(store), {b"c": rows}, "the rows")
-
-    def test_a_failed_batch_is_undone_alone(self) -> None:
-        """A failed `Expect` undoes its whole batch, takes no version, and leaves its neighbours in the group."""
-        with self.store() as store:
-            store.apply(group(put(b"c", b"k", b"0"), put(b"c", b"r", b"0")), NOW_MS)
-            for wrong in (None, 0, 2, 2**62):
-                before = store.status().last_version
-                bad = batch(put(b"c", b"bad", b""), DropRange(b"c", b"", None), Expect(b"c", b"k", wrong))
-                messages = [put(b"c", b"1", b"1"), bad, LastVersion(), batch(put(b"c", b"2", b"2")), LastVersion()]
-                outcomes = store.apply(group(*messages), NOW_MS)
-                _conflict(outcomes[1], b"k", wrong, 1)
-                same([outcomes[0], *outcomes[2:]], [None, before + 1, before + 2, before + 2], "the neighbours")
-            absent = group(batch(Expect(b"c", b"no", 1), put(b"c", b"no", b"")))
-            _conflict(store.apply(absent, NOW_MS)[0], b"no", 1, None)
-            same([row.key for row in dump(store)[b"c"]], [b"1", b"2", b"k", b"r"], "the keys")
-            same(store.status().last_version, 10, "the last version")
-
     def test_scans(self) -> None:
         """Ranges are half open, in key order or reversed, limited from where they start, with payloads or not."""
         keys = [b"", b"\0", b"a", b"a\0", b"aa", b"b", b"b\xff", b"c", b"\xff", b"\xff\xff"]
@@ -363,18 +226,27 @@ class StoreConformance:
             same(store.apply(group(Barrier(sync=True)), NOW_MS), [None], "a barrier after it")
             same(store.status().last_version, 1, "the version after barriers")
 
-    def test_reopening(self) -> None:
-        """A store that outlives its closing comes back with every row and its last version, and goes on from there."""
+    def test_entries_by_version(self) -> None:
+        """A category's entries come in the order of their versions, whatever their keys, and of that category alone."""
         with self.store() as store:
-            store.apply(group(put(b"c", b"k", b"1"), put(b"c", b"gone", b""), DropRow(b"c", b"gone")), NOW_MS)
-            held = dump(store)
-        again = self.reopen_store()
-        if again is None:
-            return
-        with self.store(again):
-            same(dump(again), held, "the rows after reopening")
-            same(again.status().last_version, 3, "the last version after reopening")
-            same(again.apply(group(batch(put(b"c", b"k", b"2"))), NOW_MS), [4], "the next version")
+            keys = [b"b", b"", b"\xff", b"a", b"b", b"c", b"a"]
+            store.apply(group(*[put(b"c", key, b"%d" % at) for at, key in enumerate(keys)]), NOW_MS)
+            store.apply(group(put(b"d", b"k", b"")), NOW_MS)
+            left = [(b"", 2), (b"\xff", 3), (b"b", 5), (b"c", 6), (b"a", 7)]
+            entries = [StoredRow(key, b"%d" % (version - 1), version, None) for key, version in left]
+            same(store.read(ListEntries(b"c"), NOW_MS), entries, "the entries")
+            messages = [DropRow(b"c", b"b"), ListEntries(b"c"), ListEntries(b"none")]
+            same(store.apply(group(*messages), NOW_MS), [True, entries[:2] + entries[3:], []], "the entries in a group")
+
+    def test_used_bytes(self) -> None:
+        """The bytes in use are those of all rows' payloads, over all categories, as they are written and removed."""
+        with self.store() as store:
+            rows = [put(b"c", b"key", b"12345"), put(b"d", b"key", b"123"), put(b"c", b"", b"1"), put(b"c", b"e", b"")]
+            answers(store.apply(group(*rows, UsedBytes()), NOW_MS), [*[None] * 4, 9], "the bytes in use after puts")
+            steps = [(put(b"c", b"key", b"12"), 6), (DropRow(b"d", b"key"), 3), (DropRow(b"d", b"key"), 3)]
+            for message, nbytes in [*steps, (DropRange(b"c", b"a", None), 1)]:
+                store.apply(group(message), NOW_MS)
+                same(used(store), nbytes, f"the bytes in use after {message}")
 
 
 def _rows(shape: int, size: int, chance: random.Random) -> list[Group]:
@@ -384,17 +256,3 @@ def _rows(shape: int, size: int, chance: random.Random) -> list[Group]:
         keys.sort(reverse=shape == 4)
     names = [b"c%d" % chance.randrange(3) if shape == 3 else b"c" for _ in keys]
     return [put(name, key, b"%d-%d" % (size, at)) for at, (name, key) in enumerate(zip(names, keys, strict=True))]
-
-
-def check_store(
-    open_store: Callable[[], Store],
-    reopen_store: Callable[[], Store | None] = lambda: None,
-    names: Iterable[str] | None = None,
-) -> list[str]:
-    """Run the suite, or the checks of these names; return the names. Raises at the first that fails."""
-    members = {"open_store": lambda _self: open_store(), "reopen_store": lambda _self: reopen_store()}
-    suite = type("Suite", (StoreConformance,), members)()
-    ran = [name for name in dir(suite) if name.startswith("test_")] if names is None else list(names)
-    for name in ran:
-        getattr(suite, name)()
-    return ran
