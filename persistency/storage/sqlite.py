@@ -57,7 +57,9 @@ class SqliteStore:
         self._connection = connection
         self._release = release
         try:
-            self._table = Table(connection, stored["last_version"], stored.get(LATEST_MS, 0))
+            # What was found to have ended, or counted so, stays so.
+            latest_ms = max(stored.get(LATEST_MS, 0), stored.get(USED_MS, 0))
+            self._table = Table(connection, stored["last_version"], latest_ms)
             self._outdated = keep_beside(connection, self._table, options, stored)
         except (apsw.Error, UnicodeDecodeError) as error:
             raise schema.translated(error, "can't read what is kept beside the rows") from error
@@ -291,7 +293,6 @@ def keep_beside(
         used_ms = stored.get(USED_MS, table.now_ms)
         used = stored[USED] if USED in stored else count_used(table.execute, used_ms)
         table.quota = Quota(table.execute, options.max_bytes, used, used_ms)
-        table.now_ms = max(table.now_ms, used_ms)  # what has been counted as ended stays so
     elif USED in stored:
         outdated.append(USED)
     if options.feed_changes_max:
