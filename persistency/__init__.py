@@ -16,6 +16,7 @@ from persistency.category import Category
 from persistency.codec.keys import Key, KeyRange, RawKey, key
 from persistency.codec.objects import CBOR, RAW, Codec, typed
 from persistency.coding import CategoryEntry, CategoryRow
+from persistency.collection import Collection, Record
 from persistency.engine import Persistency
 from persistency.errors import (
     Closed,
@@ -37,10 +38,14 @@ from persistency.errors import (
     Unavailable,
     WriteFailed,
 )
+from persistency.feed import ChangeFeed
+from persistency.following import SharedChange
 from persistency.job import Job
 from persistency.kvstore import KVStore
 from persistency.mapping import CategoryMapping
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
+from persistency.pool import MergePool
+from persistency.shared import SharedStore
 from persistency.storage.port import StoredJob
 from persistency.transaction import Transaction
 
@@ -52,9 +57,11 @@ __all__ = [
     "CategoryMapping",
     "CategoryRow",
     "Change",
+    "ChangeFeed",
     "Check",
     "Closed",
     "Codec",
+    "Collection",
     "Conflict",
     "Corrupt",
     "Delete",
@@ -72,6 +79,7 @@ __all__ = [
     "KVStore",
     "Key",
     "KeyRange",
+    "MergePool",
     "Misuse",
     "Op",
     "Overloaded",
@@ -81,9 +89,12 @@ __all__ = [
     "Put",
     "QuotaExceeded",
     "RawKey",
+    "Record",
     "Reply",
     "Row",
     "SchemaTooNew",
+    "SharedChange",
+    "SharedStore",
     "Statistics",
     "StorageError",
     "StoredJob",
