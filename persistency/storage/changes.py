@@ -32,7 +32,7 @@ _LIST = (
     "SELECT version, CAST(kind AS TEXT), CAST(category AS BLOB), CAST(key AS BLOB), CAST(payload AS BLOB),"
     " CAST(stop AS BLOB) FROM changes WHERE version > ? ORDER BY version LIMIT ?"
 )
-_OLDEST = "SELECT min(version) FROM changes"
+_OLDEST = "SELECT min(version) FROM changes WHERE version > ?"
 _LAST_OF_OLDEST = "SELECT version FROM changes ORDER BY version LIMIT 1 OFFSET ?"
 _DROP = "DELETE FROM changes WHERE version <= ?"
 
@@ -66,15 +66,22 @@ class Changes:
 
     def trim(self) -> None:
         """Drop the oldest beyond those that are kept."""
-        beyond = self.count - self._keep
-        if beyond > 0:
-            self.dropped = int(self._execute(_LAST_OF_OLDEST, (beyond - 1,)).fetchone()[0])
+        if self.count > self._keep:
+            self.dropped = self._no_longer_kept()
             self._execute(_DROP, (self.dropped,))
             self.count = self._keep
 
     def list(self, message: ListChanges) -> list[StoredChange] | Failed:
-        """Return the first changes behind a version, or that they are gone."""
-        if message.after < self.dropped:
-            oldest = self._execute(_OLDEST).fetchone()[0]
-            return Failed(FeedTruncated(self.dropped + 1 if oldest is None else int(oldest)))
+        """Return the first changes behind a version, or that they are gone: in the middle of a group as at its end."""
+        dropped = self._no_longer_kept()
+        if message.after < dropped:
+            oldest = self._execute(_OLDEST, (dropped,)).fetchone()[0]
+            return Failed(FeedTruncated(dropped + 1 if oldest is None else int(oldest)))
         return [StoredChange(*row) for row in self._execute(_LIST, (message.after, message.limit))]
+
+    def _no_longer_kept(self) -> int:
+        """Return the highest version that is, or is about to be, dropped."""
+        beyond = self.count - self._keep
+        if beyond <= 0:
+            return self.dropped
+        return int(self._execute(_LAST_OF_OLDEST, (beyond - 1,)).fetchone()[0])

@@ -289,9 +289,10 @@ class Changes:
 
     def since(self, after: int, limit: int) -> list[StoredChange] | Failed:
         """Return the first `limit` changes with a version above `after`; `FeedTruncated` if one of them isn't kept."""
-        if self.first and self._changes[self.first - 1].version > after:
-            return Failed(FeedTruncated(self._changes[self.first].version))
-        at = bisect_right(self._changes, after, lo=self.first, key=_version)
+        first = max(self.first, len(self._changes) - self._kept_max)  # in the middle of a group as at its end
+        if first and self._changes[first - 1].version > after:
+            return Failed(FeedTruncated(self._changes[first].version))
+        at = bisect_right(self._changes, after, lo=first, key=_version)
         return self._changes[at : at + limit]
 
 

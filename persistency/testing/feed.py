@@ -212,6 +212,16 @@ class FeedChecks(Checks):
                                 outcome = store.apply(group(ListChanges(after, 0)), NOW_MS)[0]
                                 truncated(outcome, first, f"{what}, asked after {after} in a group")
 
+    def test_the_newest_are_kept_in_the_middle_of_a_group_too(self) -> None:
+        """A read between writes tells what would be kept if the group ended there."""
+        with self.store(StoreOptions(feed_changes_max=3)) as store:
+            puts = [put(b"c", b"%d" % number, b"") for number in range(1, 6)]
+            everything, newest = ListChanges(0, 10), ListChanges(2, 10)
+            outcomes = store.apply(group(*puts, everything, newest, put(b"c", b"6", b""), newest), NOW_MS)
+            truncated(outcomes[5], 3, "all changes, in the middle of a group")
+            same(outcomes[6], [wrote(at, b"c", b"%d" % at, b"") for at in (3, 4, 5)], "the newest, in the middle")
+            truncated(outcomes[8], 4, "the same after one more")
+
     def test_versions_that_changed_nothing_are_not_missed(self) -> None:
         """Only a change that was dropped is missing: versions that never were a change can be asked for."""
         with self.store(StoreOptions(feed_changes_max=2)) as store:

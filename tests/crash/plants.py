@@ -72,7 +72,7 @@ def _answer_early(self: SqliteStore, group: Group, now_ms: int) -> list[Any]:
     return outcomes
 
 
-def _commit_without_version(self: SqliteStore, _before: int, *, sync: bool) -> None:
+def _commit_without_version(self: SqliteStore, _before: int, **_how: bool) -> None:
     self._execute("COMMIT")
 
 
