@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from persistency.actor.bounds import OnFull
+from persistency.actor.clock import reading, system_ms
 from persistency.actor.reply import Reply
 from persistency.arguments import as_seconds
 from persistency.errors import Closed, Failure, JobNotFound, Misuse, WriteFailed
@@ -39,7 +39,6 @@ from persistency.storage.port import Durability, StoredJob
 T = TypeVar("T")
 
 MEMORY = ":memory:"
-_CLOCK_MS_MAX = 10**15  # some 30,000 years: whatever a clock says, it can be stored and counted on
 
 # A site lives as long as a Persistency or a worker on it does.
 _sites: weakref.WeakValueDictionary[Path, Site] = weakref.WeakValueDictionary()
@@ -89,11 +88,7 @@ class Persistency:
         self._exit_timeout = as_seconds(exit_timeout, "exit_timeout", optional=False) or 0.0
         if clock is not None and not callable(clock):
             raise Misuse(f"clock must be callable, not {type(clock).__name__}: pass a function like time.time")
-        self._read_ms: Callable[[], int] = (
-            (lambda: time.time_ns() // 1_000_000)
-            if clock is None
-            else lambda: min(max(int(clock() * 1000), 0), _CLOCK_MS_MAX)
-        )
+        self._read_ms = system_ms if clock is None else reading(clock)
         self._site, self._path = _site(root)
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}

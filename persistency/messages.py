@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from persistency.arguments import (
     CATEGORIES,
@@ -42,7 +42,6 @@ from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, En
 from persistency.storage.port import (
     PLACES,
     Batch,
-    ChangeKind,
     CountRange,
     DropRange,
     DropRow,
@@ -64,7 +63,6 @@ from persistency.storage.port import (
 )
 
 NowMs = Callable[[], int]
-_KINDS = get_args(ChangeKind)
 # A call of a NamedTuple takes twice as long.
 _make_set_row: Callable[[tuple[bytes, bytes, bytes, int, Ttl]], SetRow] = partial(tuple.__new__, SetRow)
 _make_row: Callable[[tuple[Key, bytes]], Row] = partial(tuple.__new__, Row)
@@ -325,18 +323,22 @@ def entries(stored: list[StoredRow]) -> list[Entry]:
 
 def names(categories: list[bytes]) -> list[str]:
     """Return the names of categories."""
-    return [category.decode() for category in categories]
+    return list(map(_name, categories))
 
 
 def changes(stored: list[StoredChange]) -> list[Change]:
-    """Return changes as they are told. Raises `Corrupt` for what nobody here has written."""
-    for change in stored:
-        if change.kind not in _KINDS:
-            raise Corrupt(f"change {change.version} is of a kind that isn't known, {change.kind!r:.40}")
+    """Return changes as they are told."""
     return [
-        Change(version, kind, category.decode(), Key(key), payload, None if stop is None else Key(stop))
+        Change(version, kind, _name(category), Key(key), payload, None if stop is None else Key(stop))
         for version, kind, category, key, payload, stop in stored
     ]
+
+
+def _name(category: bytes) -> str:
+    try:
+        return category.decode()
+    except UnicodeDecodeError as error:  # nobody here has written that
+        raise Corrupt(f"the file has a category that is no text, {category!r:.40}") from error
 
 
 assert PLACES == 3, "a message's places are written out in this module"

@@ -10,7 +10,27 @@ Doesn't know: who asks, and what for.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+
+MS_MAX = 10**15  # some 30,000 years: whatever a clock says, it can be stored and counted on
+
+
+def system_ms() -> int:
+    """Return the system's time in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def reading(clock: Callable[[], float]) -> Callable[[], int]:
+    """Return what reads a clock of seconds since 1970 in milliseconds; one that says nothing (NaN, infinity) says 0."""
+
+    def read_ms() -> int:
+        try:
+            return min(max(round(clock() * 1000), 0), MS_MAX)
+        except (ValueError, OverflowError):
+            return 0
+
+    return read_ms
 
 
 class Clock:

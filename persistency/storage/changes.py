@@ -18,18 +18,19 @@ Doesn't know: what is asked for, transactions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
-from persistency.errors import FeedTruncated
+from persistency.errors import Corrupt, FeedTruncated
 from persistency.storage.bulk import Chunk
 from persistency.storage.port import ChangeKind, Failed, ListChanges, StoredChange
 
 DROPPED = "changes_dropped"
 
+_KINDS: dict[bytes, ChangeKind] = {kind.encode(): kind for kind in get_args(ChangeKind)}
 _ADD = "INSERT INTO changes (version, kind, category, key, payload, stop) VALUES (?, ?, ?, ?, ?, ?)"
 # A column's type is only a wish: another tool, or a damaged file, may have put something else there.
 _LIST = (
-    "SELECT version, CAST(kind AS TEXT), CAST(category AS BLOB), CAST(key AS BLOB), CAST(payload AS BLOB),"
+    "SELECT version, CAST(kind AS BLOB), CAST(category AS BLOB), CAST(key AS BLOB), CAST(payload AS BLOB),"
     " CAST(stop AS BLOB) FROM changes WHERE version > ? ORDER BY version LIMIT ?"
 )
 _OLDEST = "SELECT min(version) FROM changes WHERE version > ?"
@@ -77,7 +78,7 @@ class Changes:
         if message.after < dropped:
             oldest = self._execute(_OLDEST, (dropped,)).fetchone()[0]
             return Failed(FeedTruncated(dropped + 1 if oldest is None else int(oldest)))
-        return [StoredChange(*row) for row in self._execute(_LIST, (message.after, message.limit))]
+        return [_as_change(*row) for row in self._execute(_LIST, (message.after, message.limit))]
 
     def _no_longer_kept(self) -> int:
         """Return the highest version that is, or is about to be, dropped."""
@@ -85,3 +86,10 @@ class Changes:
         if beyond <= 0:
             return self.dropped
         return int(self._execute(_LAST_OF_OLDEST, (beyond - 1,)).fetchone()[0])
+
+
+def _as_change(version: int, kind: bytes, *rest: Any) -> StoredChange:
+    known = _KINDS.get(kind)
+    if known is None:
+        raise Corrupt(f"change {version} is of a kind that isn't known, {kind!r:.40}")
+    return StoredChange(version, known, *rest)

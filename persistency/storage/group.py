@@ -173,7 +173,7 @@ class Groups:
             return self._answers[kind](message)
         try:
             return self._answers[kind](message)
-        except apsw.Error as error:
+        except (apsw.Error, UnicodeDecodeError) as error:
             if is_write_fault(error):
                 raise  # there was no room to read into: the group's own pages had to be written first
             fault = translated(error, "a read failed")
@@ -267,7 +267,7 @@ class Inside:
             raise translated(error, "a write failed") from error
 
 
-def is_write_fault(error: apsw.Error) -> bool:
+def is_write_fault(error: Exception) -> bool:
     """Say whether an error is about writing, whoever met it."""
     return isinstance(error, _WRITE_FAULTS) or getattr(error, "extendedresult", 0) in _WRITE_CODES
 

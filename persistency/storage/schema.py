@@ -39,6 +39,8 @@ log = logging.getLogger("persistency.storage")
 FORMAT = 2
 PAGE_BYTES = 4096
 BUSY_MS = 5000
+TIME_MS_MAX = 10**15  # a job's clock says no more
+_NUMBER_MAX = 2**62
 _VFS = "win32" if os.name == "nt" else "unix"  # named: a loaded extension may have changed the process' default
 
 _KV = """
@@ -226,6 +228,8 @@ def _recognise(connection: apsw.Connection, path: Path) -> int:
     found = int(connection.pragma("user_version"))
     if found > FORMAT:
         raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
+    if connection.pragma("encoding") != "UTF-8":
+        raise Corrupt(f"{str(path)!r} isn't a job's file: its text is {connection.pragma('encoding')}")
     definitions: list[tuple[Any, ...]] = connection.execute(
         # The exceptions are what ANALYZE leaves.
         "SELECT type, name, sql FROM sqlite_schema"
@@ -284,14 +288,21 @@ def migrate(connection: apsw.Connection, found: int) -> None:
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
 
 
+def has_changes(connection: apsw.Connection) -> bool:
+    """Say whether a file has a table of changes."""
+    return connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'changes'").fetchone() is not None
+
+
 def keep_changes(connection: apsw.Connection, dropped: int | None, last_version: int) -> int:
     """Give a file its table of changes; return the highest version that is no longer kept.
 
     `dropped` is what the file says of that; if it says nothing there is a gap, and those it has are of no use.
     """
-    there = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'changes'").fetchone()
-    if there and dropped is not None:
-        return dropped
+    there = has_changes(connection)
+    if there and dropped is not None and dropped <= last_version:
+        beyond = connection.execute("SELECT 1 FROM changes WHERE version > ? LIMIT 1", (last_version,)).fetchone()
+        if beyond is None:  # else somebody else has written there
+            return dropped
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("DELETE FROM changes" if there else _CHANGES)
     connection.execute(NOTE, ("changes_dropped", last_version))
@@ -343,4 +354,5 @@ def read_meta(connection: apsw.Connection) -> dict[str, int]:
         raise translated(error, "can't read the last version") from error
     if not isinstance(stored.get("last_version"), int):
         raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
-    return {name: value for name, value in stored.items() if isinstance(value, int)}
+    # What can't be is as good as missing: it is counted anew.
+    return {name: value for name, value in stored.items() if isinstance(value, int) and 0 <= value <= _NUMBER_MAX}

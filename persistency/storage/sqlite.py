@@ -20,7 +20,7 @@ from typing import Any
 
 import apsw
 
-from persistency.errors import StorageError
+from persistency.errors import Corrupt, StorageError
 from persistency.storage import schema
 from persistency.storage.changes import DROPPED, Changes
 from persistency.storage.group import OWN_FAULTS, Groups, ReadFault
@@ -58,7 +58,9 @@ class SqliteStore:
         self._release = release
         try:
             # What was found to have ended, or counted so, stays so.
-            latest_ms = max(stored.get(LATEST_MS, 0), stored.get(USED_MS, 0))
+            latest_ms = max(stored.get(name, 0) for name in (LATEST_MS, USED_MS))
+            if latest_ms > schema.TIME_MS_MAX:
+                raise Corrupt(f"the file's time, {latest_ms}, is beyond any clock's", hint="Restore it from a backup.")
             self._table = Table(connection, stored["last_version"], latest_ms)
             self._outdated = keep_beside(connection, self._table, options, stored)
         except (apsw.Error, UnicodeDecodeError) as error:
@@ -115,7 +117,7 @@ class SqliteStore:
         try:
             self._begin_read()
             return self._groups.answer(message)
-        except apsw.Error as error:
+        except (apsw.Error, UnicodeDecodeError) as error:
             raise self._read_failed(error) from error
 
     @property
@@ -214,8 +216,6 @@ class SqliteStore:
                     self._connection.pragma("synchronous", "normal")
 
     def _commit(self, before: int, *, writes: bool, sync: bool) -> None:
-        if writes and DROPPED in self._outdated and self._table.version == before:
-            self._table.version += 1  # rows were reaped: who follows the changes must see that some are missing
         version = self._table.version
         if writes or version != before:
             for note in self._table.notes().items():
@@ -272,7 +272,7 @@ class SqliteStore:
         if self._connection.in_transaction:
             self._execute("COMMIT")
 
-    def _read_failed(self, error: apsw.Error) -> StorageError:
+    def _read_failed(self, error: Exception) -> StorageError:
         self._roll_back()
         return schema.translated(error, "a read failed")
 
@@ -291,15 +291,16 @@ def keep_beside(
     outdated = []
     if options.max_bytes is not None:
         used_ms = stored.get(USED_MS, table.now_ms)
-        used = stored[USED] if USED in stored else count_used(table.execute, used_ms)
+        used = stored[USED] if {USED, USED_MS} <= stored.keys() else count_used(table.execute, used_ms)
         table.quota = Quota(table.execute, options.max_bytes, used, used_ms)
     elif USED in stored:
         outdated.append(USED)
     if options.feed_changes_max:
         dropped = schema.keep_changes(connection, stored.get(DROPPED), table.version)
         table.changes = Changes(table.execute, options.feed_changes_max, dropped)
-    elif DROPPED in stored:
-        outdated.append(DROPPED)
+    elif schema.has_changes(connection):
+        table.reaping_counts = True
+        outdated += [DROPPED] if DROPPED in stored else []
     return tuple(outdated)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import apsw
 
-from persistency.errors import Conflict, Misuse, QuotaExceeded
+from persistency.errors import Conflict, Corrupt, Misuse, QuotaExceeded
 from persistency.storage.bulk import CARRAY, UPSERT, chunks
 from persistency.storage.changes import DROPPED, Changes
 from persistency.storage.port import (
@@ -84,7 +84,8 @@ class Mark(NamedTuple):
 class Table:
     """A job's rows. `version` is the last operation's, `now_ms` the time that decides what is live.
 
-    `quota` and `changes` are what is kept beside the rows, where the job has them.
+    `quota` and `changes` are what is kept beside the rows, where the job has them. Where changes were kept once and
+    aren't now, `reaping_counts`: it takes a version, so that whoever followed them sees that some are missing.
     """
 
     def __init__(self, connection: apsw.Connection, version: int, now_ms: int) -> None:
@@ -92,6 +93,7 @@ class Table:
         self.now_ms = now_ms
         self.quota: Quota | None = None
         self.changes: Changes | None = None
+        self.reaping_counts = False
         self._connection = connection
         # One cursor for everything: running the next statement resets the one before, so no read is left open.
         self.execute: Callable[..., Any] = connection.cursor().execute
@@ -272,19 +274,22 @@ class Table:
         return True
 
     def reap(self, message: Reap) -> int:
-        """Take rows away that have ended; return how many."""
+        """Take rows away that have ended; return how many. Raises `Corrupt` if the index names what isn't there."""
         if self.changes is None:
             self.execute(_REAP, (self.now_ms, message.limit))
             count = self._connection.changes()
+            self.version += bool(count and self.reaping_counts)
         else:
-            ended = self.execute(_ENDED, (self.now_ms, message.limit)).fetchall()
-            for category, key in ended:
-                self.version += 1
-                self.execute(_DROP_ROW, (category, key)).fetchall()
-                self.changes.add(self.version, "expire", category, key)
-            count = len(ended)
+            count = 0
+            for category, key in self.execute(_ENDED, (self.now_ms, message.limit)).fetchall():
+                if self.execute(_DROP_ROW, (category, key)).fetchall():
+                    self.version += 1
+                    self.changes.add(self.version, "expire", category, key)
+                    count += 1
         if count < message.limit:
             self.next_expiry_ms = self._next_expiry()
+        if not count and self.next_expiry_ms is not None and self.next_expiry_ms <= self.now_ms:
+            raise Corrupt("the index of ends names rows that aren't there", hint="Restore the job from a backup.")
         return count
 
     # -- reads ---------------------------------------------------------------------------------------------------
