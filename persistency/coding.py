@@ -98,7 +98,8 @@ class Coding(Generic[T]):
             raise
         except Exception as error:  # as above
             why = error if isinstance(error, Corrupt) else f"{error!r:.200}"
-            hint = error.hint if isinstance(error, Corrupt) else "Was it written with another codec?"
+            own = isinstance(error, Corrupt) and error.hint != Corrupt.hint  # what to do about a value, not a file
+            hint = error.hint if isinstance(error, Corrupt) and own else "Was it written with another codec?"
             raise Corrupt(f"category {self.name!r}, {key!r}: the value can't be decoded: {why}", hint=hint) from error
 
     def parts(self, key: Key) -> tuple[Any, ...]:

@@ -20,13 +20,13 @@ from dataclasses import fields
 from os import PathLike, fspath
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from persistency.actor.bounds import OnFull
 from persistency.actor.clock import reading, system_ms
 from persistency.actor.reply import Reply
 from persistency.arguments import as_seconds
+from persistency.closing import Closing
 from persistency.errors import Closed, Failure, JobNotFound, Misuse, WriteFailed
 from persistency.job import Job
 from persistency.options import DEFAULT, Default, JobOptions, OnError, checked
@@ -64,7 +64,7 @@ def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
         return site, path
 
 
-class Persistency:
+class Persistency(Closing):
     """A root directory of jobs. Any thread may use it.
 
     `root`: a directory, existing or not, or `":memory:"`. `open_timeout` and `exit_timeout` are in seconds: how long
@@ -342,32 +342,6 @@ class Persistency:
             return stop.value  # type: ignore[no-any-return]  # what the generator returned
         finally:
             steps.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as failed:
-            if error is None:
-                raise
-            error.add_note(f"and closing {self!r} raised {failed!r}")  # without masking what came first
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self.aclose()
-        except Exception as failed:
-            if error is None:
-                raise
-            error.add_note(f"and closing {self!r} raised {failed!r}")
 
     def __repr__(self) -> str:
         return f"<Persistency {self.root!r}{' (closed)' if self._closed else ''}>"

@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, TypeVar, TypeVarTuple, overload
 
 from persistency import messages
 from persistency.actor.bounds import Bounds
@@ -33,18 +32,20 @@ from persistency.arguments import (
     as_payload,
     as_seconds,
 )
+from persistency.closing import Closing
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key
 from persistency.errors import Closed, Misuse
 from persistency.ops import Change, Entry, Found, KeyLike, Op, Payload, Row, Ttl
 from persistency.paging import Pages
 from persistency.storage.port import Barrier, LastVersion, ListCategories, ScanRange, UsedBytes
-from persistency.transaction import program
+from persistency.transaction import Transaction, program
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 _EVERYTHING = KeyRange()
 
 
-class Job:
+class Job(Closing):
     """An open job. Made by `Persistency.open_job`; any thread and any event loop may use it."""
 
     __slots__ = (
@@ -165,6 +166,39 @@ class Job:
         """Ask for the row of the key `prefix` itself and those of all its children."""
         return self._mailbox.read(messages.scan_prefix(category, prefix, reverse, limit)).map(messages.rows)
 
+    @overload
+    def iterate(
+        self,
+        category: str,
+        key_range: KeyRange = ...,
+        *,
+        prefix: KeyLike | None = ...,
+        reverse: bool = ...,
+        page: int = ...,
+        keys_only: Literal[False] = ...,
+    ) -> Pages[Row]: ...
+    @overload
+    def iterate(
+        self,
+        category: str,
+        key_range: KeyRange = ...,
+        *,
+        prefix: KeyLike | None = ...,
+        reverse: bool = ...,
+        page: int = ...,
+        keys_only: Literal[True],
+    ) -> Pages[Key]: ...
+    @overload
+    def iterate(
+        self,
+        category: str,
+        key_range: KeyRange = ...,
+        *,
+        prefix: KeyLike | None = ...,
+        reverse: bool = ...,
+        page: int = ...,
+        keys_only: bool,
+    ) -> Pages[Any]: ...
     def iterate(
         self,
         category: str,
@@ -267,7 +301,7 @@ class Job:
         """Have a row end after `ttl` from now (`None`: not at all), and answer whether there was one."""
         return self._write(messages.touch_row(category, key, ttl, self._now_ms))
 
-    def run(self, fn: Callable[..., T], *args: Any) -> Reply[T]:
+    def run(self, fn: Callable[[Transaction, *Ts], T], *args: *Ts) -> Reply[T]:
         """Send a function to the data: `fn(tx, *args)` is run inside the actor, in one transaction.
 
         `tx` is a `Transaction`: the same verbs, answering directly. The reply gives what `fn` returns. If it raises,
@@ -346,32 +380,6 @@ class Job:
         had, self._mailbox = self._mailbox, _refusing(self.id)
         self._closed = True
         return had
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as failed:
-            if error is None:
-                raise
-            error.add_note(f"and closing job {self.id!r} raised {failed!r}")  # without masking what came first
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self.aclose()
-        except Exception as failed:
-            if error is None:
-                raise
-            error.add_note(f"and closing job {self.id!r} raised {failed!r}")
 
     def __repr__(self) -> str:
         return f"<Job {self.id!r}{' (closed)' if self._closed else ''}>"

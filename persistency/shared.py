@@ -36,7 +36,6 @@ from persistency.job import Job
 from persistency.ops import Ttl
 from persistency.places import Kind, Place, Wanted, find, find_expired, open_place, purge_slice
 from persistency.pool import MergePool
-from persistency.sequenced import Sequenced
 
 log = logging.getLogger("persistency.shared")
 
@@ -171,7 +170,7 @@ class SharedStore:
         """Have a client follow no collection and no pool any more: it has gone."""
         self._following.unsubscribe_all(client)
 
-    def on_change(self, fn: Callable[[Sequenced, SharedChange], object]) -> Callable[[], None]:
+    def on_change(self, fn: Callable[[Collection | MergePool, SharedChange], object]) -> Callable[[], None]:
         """Have `fn(source, change)` called for each change made through this store from now on; return what ends that.
 
         `source` is the collection or pool. Its changes come in the order of their seqs, each once, when they are

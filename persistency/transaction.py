@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, TypeVarTuple, overload
 
 from persistency import messages
 from persistency.actor.mailbox import Mailbox
@@ -38,6 +38,7 @@ from persistency.storage.port import (
 )
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 _EVERYTHING = KeyRange()
 
 
@@ -126,7 +127,7 @@ class Transaction:
         """Have a row end after `ttl` from now (`None`: not at all) and return whether it was there."""
         return self._do(messages.touch_row(category, key, ttl, self._now_ms))  # type: ignore[no-any-return]  # a bool
 
-    def run(self, fn: Callable[..., T], *args: Any) -> T:
+    def run(self, fn: Callable[[Transaction, *Ts], T], *args: *Ts) -> T:
         """Call `fn(tx, *args)` as a part of its own: if it raises, only what it wrote is undone."""
         return self._do(program(fn, args, self._now_ms, None))  # type: ignore[no-any-return]  # what fn returns
 
@@ -171,6 +172,39 @@ class Transaction:
         """Return the row of the key `prefix` itself and those of all its children."""
         return messages.rows(self._do(messages.scan_prefix(category, prefix, reverse, limit)))
 
+    @overload
+    def iterate(
+        self,
+        category: str,
+        key_range: KeyRange = ...,
+        *,
+        prefix: KeyLike | None = ...,
+        reverse: bool = ...,
+        page: int = ...,
+        keys_only: Literal[False] = ...,
+    ) -> Pages[Row]: ...
+    @overload
+    def iterate(
+        self,
+        category: str,
+        key_range: KeyRange = ...,
+        *,
+        prefix: KeyLike | None = ...,
+        reverse: bool = ...,
+        page: int = ...,
+        keys_only: Literal[True],
+    ) -> Pages[Key]: ...
+    @overload
+    def iterate(
+        self,
+        category: str,
+        key_range: KeyRange = ...,
+        *,
+        prefix: KeyLike | None = ...,
+        reverse: bool = ...,
+        page: int = ...,
+        keys_only: bool,
+    ) -> Pages[Any]: ...
     def iterate(
         self,
         category: str,
@@ -213,9 +247,6 @@ class Transaction:
         """Return the bytes of all payloads."""
         return self._do(UsedBytes())  # type: ignore[no-any-return]  # a number of bytes
 
-    def _end(self) -> None:
-        self._within = None
-
 
 def program(fn: Callable[..., Any], args: tuple[Any, ...], now_ms: Callable[[], int], mailbox: Mailbox | None) -> Run:
     """Return the message that has `fn(tx, *args)` called; `mailbox` is told who is inside, so that nobody waits there.
@@ -226,12 +257,12 @@ def program(fn: Callable[..., Any], args: tuple[Any, ...], now_ms: Callable[[], 
 
     def call(within: Within) -> Any:
         transaction = Transaction(within, now_ms)
-        if mailbox is not None:
-            mailbox.inside = get_ident()
         try:
+            if mailbox is not None:
+                mailbox.inside = get_ident()
             answer = fn(transaction, *args)
-        finally:
-            transaction._end()
+        finally:  # without a call, at which an interrupt could come
+            transaction._within = None
             if mailbox is not None:
                 mailbox.inside = None
         if inspect.iscoroutine(answer) or inspect.isgenerator(answer) or inspect.isasyncgen(answer):

@@ -51,6 +51,7 @@ FLOORS = [
     "lifecycle",
     "options",
     "job",
+    "closing",
     "transaction",
     "messages",
     "paging",

@@ -126,14 +126,14 @@ class Mailbox:
         reply = None
         if not self._messages and ((point and self._inline) or running_loop() is None):
             reply = self._in_place(self.read_in_place, message)
-        return reply or self.ask(message, reads=True)
+        return self.ask(message, reads=True) if reply is None else reply
 
     def write(self, message: Any, ops: int, nbytes: int, *, free: bool = False) -> Reply[Any]:
         """Answer a request that writes, or a barrier: in place for a plain thread that finds the job idle."""
         reply = None
         if not self._messages and running_loop() is None:
             reply = self._in_place(self.write_in_place, message, ops)
-        return reply or self.ask(message, reads=False, ops=ops, nbytes=nbytes, free=free)
+        return self.ask(message, reads=False, ops=ops, nbytes=nbytes, free=free) if reply is None else reply
 
     def _in_place(self, serve: Callable[..., Reply[Any]] | None, *args: Any) -> Reply[Any] | None:
         token = object()
@@ -273,7 +273,7 @@ class Mailbox:
             self.check()
             if self.bounds.low(self._level()):
                 return ready()
-            self._drained = self._drained or pending(self, reads=False)
+            self._drained = pending(self, reads=False) if self._drained is None else self._drained
             return self._drained
 
     def withdraw(self, reply: Reply[Any]) -> bool:

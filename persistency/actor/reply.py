@@ -272,6 +272,10 @@ class Reply(Future[T]):
             # Whatever a callback throws, SystemExit included, the thread that settles must go on.
             log.exception("a callback of %r raised", self)
 
+    def __bool__(self) -> bool:
+        """Raise `Misuse`: a forgotten `result()` would make every answer true."""
+        raise Misuse("a Reply is not its answer", hint="Ask for reply.result(), or await it.")
+
     def __repr__(self) -> str:
         outcome = f" raised {type(self._exception).__name__}" if self._exception is not None else ""
         return f"<Reply {self._state.split('_')[0].lower()}{outcome}>"

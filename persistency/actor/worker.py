@@ -220,7 +220,7 @@ class Worker:
             if group:
                 answers = self._decide(group)
                 group = []
-                answers += self._tell_waiters()
+            answers += self._tell_waiters()
             if self._mailbox.ended and not again:
                 answers += self._end()
             elif self._retired is not None and not self._retired.done():
@@ -319,12 +319,10 @@ class Worker:
 
     def _after_write_in_place(self) -> None:
         upkeep = self._upkeep
-        if self.waiters:
-            settle_all(self._tell_waiters())
         if upkeep is not None and upkeep.checkpoint_due():
             # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
             settle_all(self._keep_up(upkeep.checkpoint))
-        if upkeep is not None and not upkeep.is_planned():
+        if self.waiters or (upkeep is not None and not upkeep.is_planned()):
             self._mailbox.ring()
 
     # -- between turns -------------------------------------------------------------------------------------------
@@ -339,7 +337,7 @@ class Worker:
             try:
                 if not self._mailbox.hold(token):
                     return
-                answers = self._keep_up(step)
+                answers = self._keep_up(step) + self._tell_waiters()
             finally:
                 self._mailbox.give_back(token)
             settle_all(answers)
@@ -349,7 +347,7 @@ class Worker:
             step()
         except Harm as harm:
             return self._poison(harm.cause, harm.outcome, [])
-        return self._tell_waiters()
+        return []
 
     def _tell_waiters(self) -> list[Answer]:
         """Answer the requests that wait for changes, if there are some for them."""

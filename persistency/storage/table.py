@@ -288,7 +288,8 @@ class Table:
                     count += 1
         if count < message.limit:
             self.next_expiry_ms = self._next_expiry()
-        if not count and self.next_expiry_ms is not None and self.next_expiry_ms <= self.now_ms:
+        stays = self.next_expiry_ms is not None and self.next_expiry_ms <= self.now_ms
+        if stays and message.limit and not count:
             raise Corrupt("the index of ends names rows that aren't there", hint="Restore the job from a backup.")
         return count
 
