@@ -171,7 +171,7 @@ class Reply(Future[T]):
         """Return a reply of `fn(answer)`; `fn` runs once, in the thread that takes the result."""
         if not callable(fn):
             raise Misuse(f"fn must be callable, not {type(fn).__name__}: pass a function of the answer")
-        return MappedReply(self, fn)
+        return _Mapped(self, fn)
 
     def __await__(self) -> Generator[Any, None, T]:
         if self._state == PENDING:
@@ -297,7 +297,7 @@ def _expire(future: Any, timeout: float) -> None:
         future.set_exception(TimeoutError(f"no answer within {timeout} s; the request goes on"))
 
 
-class MappedReply(Reply[U], Generic[T, U]):
+class _Mapped(Reply[U], Generic[T, U]):
     """A reply whose answer is made of another's, by the thread that takes it."""
 
     def __init__(self, source: Reply[T], fn: Callable[[T], U]) -> None:
@@ -347,3 +347,6 @@ class MappedReply(Reply[U], Generic[T, U]):
                 except Exception as error:  # it belongs to whoever takes the result
                     self._exception = error
                 self._fn = None
+
+
+_Mapped.__name__ = _Mapped.__qualname__ = "Reply"  # so that errors speak of what its users know

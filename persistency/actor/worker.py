@@ -172,7 +172,8 @@ class Worker:
             return
         while not self._over:
             try:
-                self._mailbox.wait(None if self._upkeep is None else self._upkeep.pause())
+                upkeep = self._upkeep  # another thread may poison the job at any moment
+                self._mailbox.wait(None if upkeep is None else upkeep.pause())
                 self.serve()
             except BaseException as error:  # thrown into this thread from outside
                 settle_all(self._poison(error, "not applied", []))
@@ -329,8 +330,8 @@ class Worker:
 
     def _look_after(self) -> None:
         """Do what the job has to do for itself: in turns of their own, because nobody's answer should wait for it."""
-        while self._upkeep is not None:
-            step = self._upkeep.next_step(reaps=not self._over)
+        while (upkeep := self._upkeep) is not None:
+            step = upkeep.next_step(reaps=not self._over)
             if step is None:
                 return
             token = object()

@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
+import apsw
+
 from persistency.errors import Corrupt, FeedTruncated
 from persistency.storage.bulk import Chunk
 from persistency.storage.port import ChangeKind, Failed, ListChanges, StoredChange
@@ -33,6 +35,12 @@ _LIST = (
     "SELECT version, CAST(kind AS BLOB), CAST(category AS BLOB), CAST(key AS BLOB), CAST(payload AS BLOB),"
     " CAST(stop AS BLOB) FROM changes WHERE version > ? ORDER BY version LIMIT ?"
 )
+# The rows that a slice of reaping takes away, and their changes: the versions follow the order in which they ended.
+ENDED = "SELECT category, key FROM kv WHERE expires_ms <= ?1 ORDER BY expires_ms, category, key LIMIT ?2"
+_ADD_ENDED = (
+    "INSERT INTO changes (version, kind, category, key)"
+    f" SELECT ?3 + row_number() OVER (), 'expire', category, key FROM ({ENDED})"
+)
 _OLDEST = "SELECT min(version) FROM changes WHERE version > ?"
 _LAST_OF_OLDEST = "SELECT version FROM changes ORDER BY version LIMIT 1 OFFSET ?"
 _DROP = "DELETE FROM changes WHERE version <= ?"
@@ -41,10 +49,11 @@ _DROP = "DELETE FROM changes WHERE version <= ?"
 class Changes:
     """The changes a job keeps. `dropped` is the highest version that is no longer there."""
 
-    def __init__(self, execute: Callable[..., Any], keep: int, dropped: int) -> None:
+    def __init__(self, connection: apsw.Connection, execute: Callable[..., Any], keep: int, dropped: int) -> None:
         self.dropped = dropped
         self.count = int(execute("SELECT count(*) FROM changes").fetchone()[0])
         self._execute = execute
+        self._changed = connection.changes
         self._keep = keep
 
     def add(
@@ -64,6 +73,13 @@ class Changes:
         """Note down the puts of a chunk."""
         self._execute(chunk.statements.changes, (chunk.category, chunk.before, chunk.array))
         self.count += chunk.size
+
+    def add_ended(self, now_ms: int, limit: int, version: int) -> int:
+        """Note down the first `limit` rows that have ended, with the versions behind `version`; return how many."""
+        self._execute(_ADD_ENDED, (now_ms, limit, version))
+        added = self._changed()
+        self.count += added
+        return added
 
     def trim(self) -> None:
         """Drop the oldest beyond those that are kept."""

@@ -61,6 +61,10 @@ _CHANGES = """
 CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category BLOB NOT NULL, key BLOB NOT NULL,
                       payload BLOB, stop BLOB);
 """
+_NUMBERS = (
+    "SELECT name, value FROM meta WHERE typeof(value) = 'integer' AND name IN"
+    " ('last_version', 'clean', 'latest_ms', 'used_bytes', 'used_ms', 'changes_dropped')"
+)
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
@@ -349,10 +353,10 @@ def check_job_id(connection: apsw.Connection, job_id: str, path: Path, *, write:
 def read_meta(connection: apsw.Connection) -> dict[str, int]:
     """Return the numbers in a file's meta table. Raises `Corrupt` if the last version isn't one."""
     try:
-        stored = dict(connection.execute("SELECT name, value FROM meta WHERE name <> 'job_id'"))
+        stored = dict(connection.execute(_NUMBERS))
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, "can't read the last version") from error
     if not isinstance(stored.get("last_version"), int):
         raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
     # What can't be is as good as missing: it is counted anew.
-    return {name: value for name, value in stored.items() if isinstance(value, int) and 0 <= value <= _NUMBER_MAX}
+    return {name: value for name, value in stored.items() if 0 <= value <= _NUMBER_MAX}

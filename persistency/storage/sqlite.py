@@ -67,6 +67,7 @@ class SqliteStore:
             raise schema.translated(error, "can't read what is kept beside the rows") from error
         self._groups = Groups(connection, self._table)
         self._execute = self._table.execute
+        self._noted: dict[str, int] = {}  # what the file says, of that which is kept beside the rows
         self._clean = stored.get("clean") == 1
         self._wal_pages = 0
         connection.set_wal_hook(self._on_commit)
@@ -217,8 +218,10 @@ class SqliteStore:
 
     def _commit(self, before: int, *, writes: bool, sync: bool) -> None:
         version = self._table.version
+        notes: dict[str, int] = {}
         if writes or version != before:
-            for note in self._table.notes().items():
+            notes = {name: value for name, value in self._table.notes().items() if self._noted.get(name) != value}
+            for note in notes.items():
                 self._execute(schema.NOTE, note)
             for name in self._outdated:
                 self._execute("DELETE FROM meta WHERE name = ?", (name,))
@@ -236,6 +239,7 @@ class SqliteStore:
                 raise
         if writes or version != before:
             self._clean, self._outdated = False, ()
+            self._noted |= notes
 
     def _happened(self, error: apsw.Error, before: int) -> bool:
         """After a COMMIT that raised and left no transaction open: find out whether it happened all the same."""
@@ -297,7 +301,7 @@ def keep_beside(
         outdated.append(USED)
     if options.feed_changes_max:
         dropped = schema.keep_changes(connection, stored.get(DROPPED), table.version)
-        table.changes = Changes(table.execute, options.feed_changes_max, dropped)
+        table.changes = Changes(connection, table.execute, options.feed_changes_max, dropped)
     elif schema.has_changes(connection):
         table.reaping_counts = True
         outdated += [DROPPED] if DROPPED in stored else []

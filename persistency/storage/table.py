@@ -19,7 +19,7 @@ import apsw
 
 from persistency.errors import Conflict, Corrupt, Misuse, QuotaExceeded
 from persistency.storage.bulk import CARRAY, UPSERT, chunks
-from persistency.storage.changes import DROPPED, Changes
+from persistency.storage.changes import DROPPED, ENDED, Changes
 from persistency.storage.port import (
     CountRange,
     DropRange,
@@ -56,6 +56,11 @@ _TOUCH = "UPDATE kv SET expires_ms = ?3 WHERE category = ?1 AND key = ?2"
 POINT = "SELECT CAST(payload AS BLOB), CAST(expires_ms AS INTEGER) FROM kv WHERE category = ? AND key = ?"
 _ENTRY_COLUMNS = "SELECT key, CAST(payload AS BLOB), CAST(version AS INTEGER), CAST(expires_ms AS INTEGER)"
 _ENTRY = _ENTRY_COLUMNS + " FROM kv WHERE category = ? AND key = ?"
+# Without the payload, which may have megabytes.
+_HEAD = (
+    "SELECT CAST(version AS INTEGER), CAST(expires_ms AS INTEGER), octet_length(payload)"
+    " FROM kv WHERE category = ? AND key = ?"
+)
 _DROP_ROW = "DELETE FROM kv WHERE category = ? AND key = ? RETURNING CAST(expires_ms AS INTEGER)"
 _DROP_LIVE_ROW = "DELETE FROM kv WHERE category = ? AND key = ? AND (expires_ms IS NULL OR expires_ms > ?)"
 _DROP_ENDED = "DELETE FROM kv WHERE category = ?1 AND key >= ?2 AND expires_ms <= ?3"
@@ -66,8 +71,7 @@ _SPAN_WITHOUT_END = " FROM kv WHERE category = ?1 AND key >= ?2 AND ?3 = ?3"
 # Text that somebody else has put there stands above every number.
 _NEXT_EXPIRY = "SELECT min(expires_ms) FROM kv WHERE expires_ms IS NOT NULL AND expires_ms < 9223372036854775807"
 _NEXT_CATEGORY = "SELECT min(category) FROM kv WHERE category > ?"
-_ENDED = "SELECT category, key FROM kv WHERE expires_ms <= ?1 ORDER BY expires_ms, category, key LIMIT ?2"
-_REAP = f"DELETE FROM kv WHERE (category, key) IN ({_ENDED})"
+_REAP = f"DELETE FROM kv WHERE (category, key) IN ({ENDED})"
 
 
 class Mark(NamedTuple):
@@ -263,33 +267,27 @@ class Table:
     def touch(self, message: TouchRow) -> bool:
         """Give a live row another end; return whether there was one."""
         category, key, end = message
-        row = self.entry(GetEntry(category, key))
-        if row is None:
+        head = self._head(category, key)
+        if head is None:
             return False
         self.version += 1
         self._expect_ends((end,))
         if self.quota is not None and end is not None and end <= self.quota.used_ms:
-            self.quota.used -= len(row.payload)
+            self.quota.used -= head[1]
         self.execute(_TOUCH, (category, key, end))
         return True
 
     def reap(self, message: Reap) -> int:
         """Take rows away that have ended; return how many. Raises `Corrupt` if the index names what isn't there."""
-        if self.changes is None:
-            self.execute(_REAP, (self.now_ms, message.limit))
-            count = self._connection.changes()
-            self.version += bool(count and self.reaping_counts)
-        else:
-            count = 0
-            for category, key in self.execute(_ENDED, (self.now_ms, message.limit)).fetchall():
-                if self.execute(_DROP_ROW, (category, key)).fetchall():
-                    self.version += 1
-                    self.changes.add(self.version, "expire", category, key)
-                    count += 1
+        slice_ = (self.now_ms, message.limit)
+        named = 0 if self.changes is None else self.changes.add_ended(*slice_, self.version)
+        self.execute(_REAP, slice_)
+        count = self._connection.changes()
+        self.version += named or bool(count and self.reaping_counts)
         if count < message.limit:
             self.next_expiry_ms = self._next_expiry()
         stays = self.next_expiry_ms is not None and self.next_expiry_ms <= self.now_ms
-        if stays and message.limit and not count:
+        if (stays and message.limit and not count) or (self.changes is not None and named != count):
             raise Corrupt("the index of ends names rows that aren't there", hint="Restore the job from a backup.")
         return count
 
@@ -306,10 +304,15 @@ class Table:
     def has(self, message: HasRow) -> bool:
         """Return whether there is a live row, without reading its payload."""
         if self.next_expiry_ms is not None:
-            return self.entry(message) is not None
+            return self._head(message.category, message.key) is not None
         return bool(self.execute(_HAS, message).fetchone()[0])
 
-    def entry(self, message: GetEntry | HasRow | Expect) -> StoredRow | None:
+    def _head(self, category: bytes, key: bytes) -> tuple[int, int] | None:
+        """Return a live row's version and the length of its payload, or `None`."""
+        row = self.execute(_HEAD, (category, key)).fetchone()
+        return None if row is None or (row[1] is not None and row[1] <= self.now_ms) else (row[0], row[2])
+
+    def entry(self, message: GetEntry) -> StoredRow | None:
         """Return a live row whole, or `None`."""
         row = self.execute(_ENTRY, (message.category, message.key)).fetchone()
         if row is None or (row[3] is not None and row[3] <= self.now_ms):
@@ -318,8 +321,8 @@ class Table:
 
     def conflict(self, message: Expect) -> Conflict | None:
         """Return what stands against an expectation, or `None`."""
-        row = self.entry(message)
-        actual = None if row is None else row.version
+        head = self._head(message.category, message.key)
+        actual = None if head is None else head[0]
         return None if actual == message.version else Conflict(message.key, message.version, actual)
 
     def get_rows(self, message: GetRows) -> list[tuple[bytes, bytes]]:
