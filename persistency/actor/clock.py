@@ -26,7 +26,8 @@ def reading(clock: Callable[[], float]) -> Callable[[], int]:
 
     def read_ms() -> int:
         try:
-            return min(max(round(clock() * 1000), 0), MS_MAX)
+            # A float may be a little less than what is meant: 1000.024 s are 1,000,023.9999 ms.
+            return min(max(int(clock() * 1000 + 0.001), 0), MS_MAX)
         except (ValueError, OverflowError):
             return 0
 

@@ -195,7 +195,7 @@ def test_a_clock_that_says_nothing_is_not_believed(wall: Wall, says: float) -> N
         assert job.get("c", ("l",)).result(WAIT) == b""
 
 
-def test_a_time_of_the_clock_is_rounded_as_a_ttl_is(wall: Wall) -> None:
+def test_what_a_float_lacks_takes_no_millisecond_away(wall: Wall) -> None:
     """1000.024 s is 1,000,024 ms, though as a float it is a little less."""
     for ms in range(1, 1000):
         wall.now = 1000.0
