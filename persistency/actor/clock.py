@@ -55,6 +55,10 @@ class Clock:
         now, latest = self._read_ms(), self._latest
         return max(latest, now)
 
+    def read_ms(self) -> int:
+        """Return what the system's clock says, though it may have been put back."""
+        return self._read_ms()
+
     def not_before(self, latest_ms: int) -> None:
         """From now on say nothing before this; for a job that is opened again."""
         self._latest = max(self._latest, latest_ms)

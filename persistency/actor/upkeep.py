@@ -50,6 +50,7 @@ class Upkeep:
         self._reap_at = 0.0  # not before, while there is work
         self._failed = False
         self._planned_ms: int | None = None
+        self._slept_at = (0, 0.0)  # what the clock said, and until when the worker was to sleep
 
     def pause(self) -> float | None:
         """Return how many seconds the worker may sleep; `None`: until somebody comes."""
@@ -58,8 +59,14 @@ class Upkeep:
         self._planned_ms = ends_ms = self._store.next_expiry_ms
         if ends_ms is None:
             return None
-        seconds = (ends_ms - self._clock.look_ms()) / 1000
-        return min(seconds, SLEEP_SECONDS_MAX) if seconds > 0 else REAP_SECONDS
+        clock_ms, now = self._clock.read_ms(), monotonic()
+        seconds = (ends_ms - clock_ms) / 1000
+        stands_still = clock_ms == self._slept_at[0] and now >= self._slept_at[1]
+        if seconds <= 0 or (stands_still and seconds < REAP_SECONDS):
+            seconds = REAP_SECONDS
+        seconds = min(seconds, SLEEP_SECONDS_MAX)
+        self._slept_at = (clock_ms, now + seconds)
+        return seconds
 
     def is_planned(self) -> bool:
         """Say whether the worker will wake in time for the next row that ends."""

@@ -50,23 +50,23 @@ class Waiters:
             self.withdraw(reply)
         return None
 
-    def answer(self, read: Callable[[ListChanges], Any]) -> list[Answer]:
-        """Return the answers of those that have one by now."""
-        answers: list[Answer] = []
+    def answer(self, read: Callable[[ListChanges], Any], last_version: int) -> list[Answer]:
+        """Return the answers of those that have one by now; who asks for what is behind `last_version` has none."""
         with self._lock:
-            for reply, message in list(self._parked.items()):
-                try:
-                    outcome = read(message)
-                except StorageError as error:
-                    outcome = Failed(error)
-                if type(outcome) is Failed:
-                    answers.append((reply, None, outcome.error))
-                elif outcome:
-                    answers.append((reply, outcome, None))
-                else:
-                    continue
-                if self._parked.pop(reply, None) is None:  # a signal handler has cancelled it meanwhile
-                    answers.pop()
+            waiting = [(reply, message) for reply, message in self._parked.items() if message.after < last_version]
+        answers: list[Answer] = []
+        for reply, message in waiting:
+            try:
+                outcome = read(message)
+            except StorageError as error:
+                outcome = Failed(error)
+            if not outcome:
+                continue
+            with self._lock:
+                here = self._parked.pop(reply, None) is not None  # else it was given up meanwhile
+            if here:
+                failed = type(outcome) is Failed
+                answers.append((reply, None, outcome.error) if failed else (reply, outcome, None))
         return answers
 
     def refuse(self, error: BaseException) -> list[Answer]:

@@ -354,7 +354,8 @@ class Worker:
         """Answer the requests that wait for changes, if there are some for them."""
         if not self.waiters or (store := self._store) is None:
             return []
-        return self.waiters.answer(lambda message: store.read(message, self._now_ms()))
+        last_version = store.status().last_version
+        return self.waiters.answer(lambda message: store.read(message, self._now_ms()), last_version)
 
     def _poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
         """Refuse everything from now on; fail the group and all that waits behind it."""

@@ -208,6 +208,7 @@ class SqliteStore:
             stored = self._stored_version(before.version)
             if stored == before.version:
                 self._table.back_to(before)
+                self._recall_quota()
             self._table.version = stored
             self._clean = self._clean and stored == before.version
             raise
@@ -258,6 +259,16 @@ class SqliteStore:
             return int(self._execute("SELECT value FROM meta WHERE name = 'last_version'").fetchone()[0])
         except apsw.Error:
             return otherwise
+
+    def _recall_quota(self) -> None:
+        """Take the bytes in use from the file: what has taken no version may have been committed all the same."""
+        self._noted = {}
+        quota = self._table.quota
+        if quota is not None:
+            with contextlib.suppress(StorageError):
+                stored = schema.read_meta(self._connection)
+                if {USED, USED_MS} <= stored.keys():
+                    quota.used, quota.used_ms = stored[USED], stored[USED_MS]
 
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
