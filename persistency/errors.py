@@ -64,7 +64,8 @@ class Forked(PersistencyError):
 class Conflict(PersistencyError):
     """What a write required of a key wasn't so, and nothing of that batch was applied.
 
-    Attributes: `key` (the key that differed), `expected` and `actual` (versions; `None` stands for absent).
+    Attributes: `key` (the key that differed), `expected` and `actual`: versions, `None` stands for absent; texts where
+    `increment` found something that isn't a number, and trying again is of no use (`retryable` is false then).
     """
 
     hint = "Read the key again and decide anew."

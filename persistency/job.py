@@ -298,7 +298,10 @@ class Job(Closing):
         return self._write(messages.add(category, key, delta))
 
     def touch(self, category: str, key: KeyLike, ttl: Ttl | None) -> Reply[bool]:
-        """Have a row end after `ttl` from now (`None`: not at all), and answer whether there was one."""
+        """Have a row end after `ttl` from now (`None`: not at all), and answer whether there was one.
+
+        Payload and version of the row stay, and it is no change for those who follow them.
+        """
         return self._write(messages.touch_row(category, key, ttl, self._now_ms))
 
     def run(self, fn: Callable[[Transaction, *Ts], T], *args: *Ts) -> Reply[T]:
@@ -307,7 +310,8 @@ class Job(Closing):
         `tx` is a `Transaction`: the same verbs, answering directly. The reply gives what `fn` returns. If it raises,
         everything it wrote is undone and the reply raises that. It holds up the whole job while it runs, and is called
         again if its transaction has to be: let it be short, and have no effects but through `tx`. Requests to the job
-        itself raise `Misuse` inside of it; generators and coroutine functions are refused.
+        itself raise `Misuse` inside of it; its events are posted, and no part of the transaction. Generators and
+        coroutine functions are refused.
         """
         message = program(fn, args, self._now_ms, self._mailbox)
         return self._mailbox.write(message, 1, messages.argument_bytes(args))

@@ -132,10 +132,16 @@ def _as_integer(key: Key, payload: bytes) -> int:
     try:
         value = decode(payload)
     except Corrupt as error:
-        raise Conflict(key, "a CBOR integer", "bytes that aren't CBOR") from error
+        raise _not_countable(key, "bytes that aren't CBOR") from error
     if not isinstance(value, int) or isinstance(value, bool):
-        raise Conflict(key, "a CBOR integer", f"a {type(value).__name__}", hint="Count under a key of its own.")
+        raise _not_countable(key, f"a {type(value).__name__}")
     return value
+
+
+def _not_countable(key: Key, found: str) -> Conflict:
+    conflict = Conflict(key, "a CBOR integer", found, hint="Count under a key of its own.")
+    conflict.retryable = False  # type: ignore[misc]  # of other conflicts; this one stays
+    return conflict
 
 
 def batch(ops: Op | Iterable[Op], now_ms: NowMs) -> tuple[Batch, int]:
@@ -178,6 +184,8 @@ def _as_places(op: Any, now_ms: NowMs) -> tuple[Any, Any, Any]:
         case DeleteRange():
             return None, drop_range(op.category, op.key_range), None
         case Check():
+            if isinstance(op.version, Entry):
+                raise Misuse("version must be a version, not an Entry: pass entry.version, or None for no row")
             if op.version is not None:
                 as_count(op.version, "version", 0)
             return None, Expect(as_category(op.category), as_key(op.key), op.version), None

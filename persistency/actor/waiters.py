@@ -24,9 +24,10 @@ Answer = tuple[Reply[Any], Any, BaseException | None]
 
 
 class Waiters:
-    """The parked requests of one job."""
+    """The parked requests of one job. `waits_for_itself` says whether the calling thread has the turn that answers."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, waits_for_itself: Callable[[], bool]) -> None:
+        self.waits_for_itself = waits_for_itself
         self._limit = limit
         self._lock = threading.RLock()  # a signal handler may cancel too
         self._parked: dict[Reply[Any], ListChanges] = {}
@@ -91,7 +92,3 @@ class Waiters:
                 return False
         cancel(reply)
         return True
-
-    def waits_for_itself(self) -> bool:
-        """Say whether the calling thread would have to answer: a later commit of anybody's does."""
-        return False

@@ -83,7 +83,7 @@ class Worker:
         self._stall_timeout = stall_timeout
         self._tally = Tally()
         self._failures = failures
-        self.waiters = Waiters(waiters_max)
+        self.waiters = Waiters(waiters_max, mailbox.waits_for_itself)
         self._accounts = Accounts(self._tally, failures, mailbox, self.waiters, name_ops)
         self._store: Store | None = None
         self._upkeep: Upkeep | None = None

@@ -337,7 +337,7 @@ def test_callbacks_may_post_and_ask_again() -> None:
 
 def test_the_list_parks_answers_and_refuses() -> None:
     """Each request is answered once, whoever answers, refuses or cancels it."""
-    waiters = Waiters(2)
+    waiters = Waiters(2, lambda: False)
     line = Actor(start=False).mailbox
     first, second, third = (pending(line, reads=True) for _ in range(3))
     assert not waiters
@@ -357,9 +357,21 @@ def test_the_list_parks_answers_and_refuses() -> None:
     assert not waiters
 
 
+def test_waiting_for_a_change_where_none_can_come_is_refused(tmp_path: Path) -> None:
+    """Inside the job's own run, and in a callback of its worker, the answer could never come: `Misuse`, no hang."""
+    with Persistency(tmp_path) as opened:
+        job = opened.open_job("a", feed_changes_max=10)
+        waiting = job.changes(0, 1, wait=True)
+        job.flush().result(WAIT)
+        with pytest.raises(Misuse, match="in the thread that has to answer it"):
+            job.run(lambda _tx: waiting.result(WAIT)).result(WAIT)
+        job.put("c", ("k",), b"")
+        assert [change.version for change in waiting.result(WAIT)] == [1]
+
+
 def test_cancelling_while_answers_are_being_made_answers_once() -> None:
     """A signal handler may cancel in the middle of it: then there is no answer for that request any more."""
-    waiters = Waiters(2)
+    waiters = Waiters(2, lambda: False)
     reply = pending(waiters, reads=True)
     assert waiters.park(ListChanges(0, 1, wait=True), reply) is None
 
