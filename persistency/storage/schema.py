@@ -356,7 +356,8 @@ def read_meta(connection: apsw.Connection) -> dict[str, int]:
         stored = dict(connection.execute(_NUMBERS))
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, "can't read the last version") from error
-    if not isinstance(stored.get("last_version"), int):
-        raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
     # What can't be is as good as missing: it is counted anew.
-    return {name: value for name, value in stored.items() if 0 <= value <= _NUMBER_MAX}
+    stored = {name: value for name, value in stored.items() if 0 <= value <= _NUMBER_MAX}
+    if "last_version" not in stored:
+        raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
+    return stored

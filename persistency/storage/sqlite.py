@@ -205,6 +205,7 @@ class SqliteStore:
         except BaseException:
             self._roll_back()
             # An interrupt may come after COMMIT has happened, so the file is asked.
+            self._noted = {}
             stored = self._stored_version(before.version)
             if stored == before.version:
                 self._table.back_to(before)
@@ -262,7 +263,6 @@ class SqliteStore:
 
     def _recall_quota(self) -> None:
         """Take the bytes in use from the file: what has taken no version may have been committed all the same."""
-        self._noted = {}
         quota = self._table.quota
         if quota is not None:
             with contextlib.suppress(StorageError):

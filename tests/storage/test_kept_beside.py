@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from persistency import Corrupt, FeedTruncated, Job, Persistency, Poisoned
+from persistency.storage.directory import DirectoryRoot
+from persistency.storage.port import DropRow, StoreOptions, UsedBytes
+from persistency.storage.sqlite import SqliteStore
 
 START = 1_700_000_000.0
 WAIT = 20.0
@@ -92,6 +95,38 @@ def test_a_time_beyond_any_clock_is_refused(tmp_path: Path, wall: Wall, name: st
     tamper(path, f"INSERT OR REPLACE INTO meta VALUES ('{name}', 10000000000000000)")
     with Persistency(tmp_path, clock=wall) as p, pytest.raises(Corrupt, match="beyond any clock"):
         p.open_job("a")
+
+
+@pytest.mark.parametrize("version", ["-5", "9223372036854775807", "'three'", "NULL"])
+def test_a_last_version_that_can_not_be_is_refused(tmp_path: Path, wall: Wall, version: str) -> None:
+    """Versions would be given twice, or run out."""
+    path = fill(tmp_path, wall)
+    tamper(path, f"UPDATE meta SET value = {version} WHERE name = 'last_version'")
+    with Persistency(tmp_path, clock=wall) as p, pytest.raises(Corrupt, match="last version"):
+        p.open_job("a")
+
+
+def test_an_interrupt_behind_a_commit_leaves_the_file_right(tmp_path: Path) -> None:
+    """What is known of the file's notes is forgotten then, so the next commit writes them all."""
+    interrupts = iter([KeyboardInterrupt()])
+
+    class Interrupted(SqliteStore):
+        def _commit(self, before: int, **how: bool) -> None:
+            super()._commit(before, **how)
+            for interrupt in interrupts:
+                raise interrupt
+
+    root = DirectoryRoot(tmp_path)
+    options = StoreOptions(max_bytes=100)
+    with closing(root.open("a", options)) as store:
+        store.apply([b"c", b"k", b"1234567890"], 0)
+        store.__class__ = Interrupted
+        with pytest.raises(KeyboardInterrupt):
+            store.apply([b"c", b"l", b"1234567890"], 0)
+        assert store.read(UsedBytes(), 0) == 20  # it is committed
+        store.apply([None, DropRow(b"c", b"l"), None], 0)
+    with closing(root.open("a", options)) as store:
+        assert store.read(UsedBytes(), 0) == 10
 
 
 @pytest.mark.parametrize("used", ["-1000000", "9223372036854775807", "'much'", "NULL", "1.5"])
