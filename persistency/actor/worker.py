@@ -85,7 +85,7 @@ class Worker:
         self._failures = failures
         self.waiters = Waiters(waiters_max, mailbox.waits_for_itself)
         self._accounts = Accounts(self._tally, failures, mailbox, self.waiters, name_ops)
-        self._store: Store | None = None
+        self.store: Store | None = None
         self._upkeep: Upkeep | None = None
         self._over = False  # the thread has nothing left to do
         self._ended = False  # the store is closed
@@ -137,14 +137,9 @@ class Worker:
             return ready()
         return self._retired
 
-    @property
-    def store(self) -> Store | None:
-        """What is run here; for who has to keep it alive."""
-        return self._store
-
     def statistics(self) -> Statistics:
         """Return the numbers of this instant."""
-        store = self._store
+        store = self.store
         wal_bytes = 0 if store is None else store.status().wal_bytes
         commit_ms = self._tally.percentiles()
         now: Statistics = self._mailbox.as_one(
@@ -180,7 +175,7 @@ class Worker:
 
     def _open(self) -> bool:
         try:
-            self._store = store = self._open_store()
+            self.store = store = self._open_store()
         except BaseException as error:
             self._not_opened(error)
             return False
@@ -188,7 +183,10 @@ class Worker:
         self._upkeep = Upkeep(self._job_id, store, self._mailbox, self.clock)
         if store.reads_in_place:
             get, now_ms = store.get, self._now_ms
-            self._mailbox.get_in_place = lambda category, key: get(category, key, now_ms())
+            # Where no row ends nobody needs the time.
+            self._mailbox.get_in_place = lambda category, key: get(
+                category, key, now_ms() if store.next_expiry_ms else 0
+            )
             self._mailbox.read_in_place = self._read_in_place
             self._mailbox.write_in_place = self._write_in_place
         settle_all([(self.opened, None, None)])
@@ -250,13 +248,13 @@ class Worker:
 
     def _apply(self, group: Group) -> list[Any]:
         """Have the store run a group, as often as it takes; raises `Harm` when there is no point in going on."""
-        assert self._store is not None
+        assert self.store is not None
         deadline = 0.0
         pause = RETRY_SECONDS_MIN
         while True:
             begun = perf_counter()
             try:
-                outcomes = self._store.apply(group, self._now_ms())
+                outcomes = self.store.apply(group, self._now_ms())
             except OutcomeUnknown as error:
                 raise Harm(error.__cause__ or error, "unknown") from error
             except Corrupt as error:
@@ -279,19 +277,19 @@ class Worker:
             return outcomes
 
     def _read_in_place(self, message: Any) -> Reply[Any]:
-        assert self._store is not None
+        assert self.store is not None
         try:
-            outcome = self._store.read(message, self._now_ms())
+            outcome = self.store.read(message, self._now_ms())
         except StorageError as error:
             return ready(error=error)
         return ready(error=outcome.error) if type(outcome) is Failed else ready(outcome)
 
     def _write_in_place(self, message: Any, ops: int) -> Reply[Any]:
         """Run one write request for a caller that holds the turn. Raises `StorageError` if nothing was applied."""
-        assert self._store is not None
-        begun, before = perf_counter(), self._store.status().last_version
+        assert self.store is not None
+        begun, before = perf_counter(), self.store.status().last_version
         try:
-            outcome = self._store.apply([None, message, None], self._now_ms())[0]
+            outcome = self.store.apply([None, message, None], self._now_ms())[0]
         except OutcomeUnknown as error:
             reply: Reply[Any] = pending(self._mailbox, reads=False)
             self._mailbox.as_one(lambda _level: None, taken=ops)
@@ -301,7 +299,7 @@ class Worker:
             raise
         except BaseException:
             # An interrupt: whether the message was committed before it came, its version tells.
-            if self._store.status().last_version != before:
+            if self.store.status().last_version != before:
                 self._accounts.count(ops, 0, in_place=True)
             raise
         if type(outcome) is Failed:
@@ -352,7 +350,7 @@ class Worker:
 
     def _tell_waiters(self) -> list[Answer]:
         """Answer the requests that wait for changes, if there are some for them."""
-        if not self.waiters or (store := self._store) is None:
+        if not self.waiters or (store := self.store) is None:
             return []
         last_version = store.status().last_version
         return self.waiters.answer(lambda message: store.read(message, self._now_ms()), last_version)
@@ -374,13 +372,13 @@ class Worker:
 
     def _end(self) -> list[Answer]:
         error: BaseException | None = None
-        if self._store is not None:
+        if self.store is not None:
             try:
-                self._store.close(tidy=self._tally.state != "poisoned")
+                self.store.close(tidy=self._tally.state != "poisoned")
             except Exception as failure:
                 log.exception("job %r: the store couldn't be closed in order", self._job_id)
                 error = failure
-            self._store = self._upkeep = None
+            self.store = self._upkeep = None
         self._over = self._ended = True
         self._tally.state = "closed"
         answers = self.waiters.refuse(Closed(f"job {self._job_id!r} is closed"))
