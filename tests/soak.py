@@ -1,14 +1,19 @@
 """The long forms of the crash, exit and memory tests, as a command that prints a table:
 
-    python -m tests.soak [--cycles N] [--seconds S] [--seed SEED]
+    python -m tests.soak [PART ...] [--cycles N] [--seconds S] [--seed SEED]
 
     kill     N cycles (1,000) of SIGKILL and reopening for each durability level, and N more of kills while a job opens
              and closes: every job must be an exact prefix, with all that was acknowledged, and three quarters of the
              kills must have fallen between flushed and posted rows
     exit     N // 20 processes (50) that end without closing anything, in turn by every way there is
     memory   a million operations by every kind of producer, each within its limit
+    machine  2 N runs (2,000) of 50 steps of the state machine of tests/test_machine.py, for each of its variants: a job
+             must do what a dict would
+    large    a million rows that end are gone from the file beside puts, in bounded slices; `storage_used` of a million
+             rows costs what it costs at ten
 
-`--seconds` ends each part after that time, if that comes first. The exit code is 1 if anything is off.
+Without a PART all of them are run. `--seconds` ends each part after that time, if that comes first. The exit code is 1
+if anything is off.
 """
 
 from __future__ import annotations
@@ -16,12 +21,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -67,6 +74,9 @@ PRODUCERS = {
     "thread_large_puts": (1_000, 80),
     "failing_events": (100_000, 50),
 }
+
+MACHINE_STEPS = 50
+LARGE_ROWS = 1_000_000
 
 Tell = Callable[[str], None]
 
@@ -175,15 +185,87 @@ def produce(case: str, count: int, mib_max: int, tell: Tell) -> Part:
     return part
 
 
-def all_parts(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
-    """Run everything, one part after the other."""
+def machines(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
+    """Run the state machine in every variant."""
+    from tests.test_machine import VARIANTS, drive
+
+    runs, begun = max(1, 2 * given.cycles), monotonic()
+    for variant in VARIANTS:
+        if monotonic() - begun >= given.seconds:
+            return
+        name = f"machine, {variant}"
+        tell(f"{name}: {runs} runs of {MACHINE_STEPS} steps")
+        part, since = Part(name), monotonic()
+        try:
+            drive(variant, runs=runs, steps=MACHINE_STEPS, database=None)
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", ()))
+            part.wrong.append(f"{name}: {error!r}\n{notes}")
+        part.cells = {"cycles": f"{runs:,}", "seconds": f"{monotonic() - since:.1f}"}
+        yield part
+
+
+def large(_given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
+    """Let a million rows end, and count a million rows."""
+    import pytest
+
+    from tests.test_quota import compare_costs
+    from tests.test_time import Slices, check_slices, vanish
+
+    with tempfile.TemporaryDirectory(prefix="large-") as place:
+        part, since = Part(f"{LARGE_ROWS:,} rows that end"), monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            slices = Slices(patch)
+            left = vanish(f"{place}/ending", LARGE_ROWS, slices, lambda left: tell(f"{part.name}: {left:,} are left"))
+        try:
+            check_slices(slices, LARGE_ROWS, left)
+        except AssertionError as error:
+            part.wrong.append(f"{part.name}: {error}")
+        part.cells = {"cycles": f"{len(slices.counts):,}", "seconds": f"{monotonic() - since:.1f}"}
+        yield part
+        part, since = Part(f"storage_used of {LARGE_ROWS:,} rows"), monotonic()
+        tell(part.name)
+        try:
+            compare_costs(Path(place), LARGE_ROWS)
+        except AssertionError as error:
+            part.wrong.append(f"{part.name}: {error}")
+        part.cells = {"rows": f"{LARGE_ROWS:,}", "seconds": f"{monotonic() - since:.1f}"}
+        yield part
+
+
+def kills(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
+    """Run every kill loop."""
     for name, options in KILLS.items():
         yield kill(name, options, given, tell)
+
+
+def exits(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
+    """Run the exit storm."""
     yield exit_storm(given, tell)
+
+
+def producers(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
+    """Run every producer."""
     begun = monotonic()
     for case, (count, mib_max) in PRODUCERS.items():
         if monotonic() - begun < given.seconds:
             yield produce(case, count, mib_max, tell)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Tell], Iterator[Part]]] = {
+    "kill": kills,
+    "exit": exits,
+    "memory": producers,
+    "machine": machines,
+    "large": large,
+}
+
+
+def all_parts(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
+    """Run what was asked for, or everything, one part after the other."""
+    for name, parts in PARTS.items():
+        if name in (given.parts or PARTS):
+            yield from parts(given, tell)
 
 
 @contextlib.contextmanager
@@ -225,10 +307,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these: {', '.join(PARTS)}")
     parser.add_argument("--cycles", type=int, default=1_000, help="kills per durability level (1000)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="at most so long for each part")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32), help="to repeat a run")
     given = parser.parse_args(arguments)
+    if unknown := set(given.parts) - PARTS.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    logging.getLogger("persistency").setLevel(logging.CRITICAL)  # failing is part of it
     with progress() as tell:
         parts = list(all_parts(given, tell))
     print_table(parts)
