@@ -1,8 +1,54 @@
-"""What every test relies on, however pytest was started."""
+"""What every test relies on, however pytest was started; and a clock and a root, for those who ask for them by name."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from persistency import Persistency
 
 # A job in the background of a shell without job control is started with SIGINT ignored, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+T0_MS = 1_700_000_000_000
+
+
+class Wall:
+    """A wall clock in Unix milliseconds that only a test moves; `now` is the same in seconds."""
+
+    def __init__(self) -> None:
+        self.ms = T0_MS
+
+    def __call__(self) -> float:
+        return self.ms / 1000
+
+    @property
+    def now(self) -> float:
+        """The time in Unix seconds."""
+        return self.ms / 1000
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self.ms = round(seconds * 1000)
+
+
+@pytest.fixture
+def wall() -> Wall:
+    """A clock that stands still."""
+    return Wall()
+
+
+@pytest.fixture(params=["memory", "directory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Name a root of either kind."""
+    return ":memory:" if request.param == "memory" else str(tmp_path / "root")
+
+
+@pytest.fixture
+def persistency(root: str, wall: Wall) -> Iterator[Persistency]:
+    """Give an empty root."""
+    with Persistency(root, clock=wall) as opened:
+        yield opened

@@ -6,7 +6,7 @@ import random
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -46,38 +46,10 @@ from persistency.storage.port import (
     UsedBytes,
 )
 from persistency.storage.sqlite import SqliteStore
+from tests.conftest import Wall
 
 WAIT = 20.0
 T0 = 1_700_000_000.0
-
-
-class Wall:
-    """A wall clock that only a test moves, in Unix seconds."""
-
-    def __init__(self) -> None:
-        self.now = T0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def wall() -> Wall:
-    """A clock that stands still."""
-    return Wall()
-
-
-@pytest.fixture(params=["memory", "directory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Name a root of either kind."""
-    return ":memory:" if request.param == "memory" else str(tmp_path / "root")
-
-
-@pytest.fixture
-def persistency(root: str, wall: Wall) -> Iterator[Persistency]:
-    """Give an empty root."""
-    with Persistency(root, clock=wall) as opened:
-        yield opened
 
 
 def used(job: Job) -> int:

@@ -45,12 +45,6 @@ T = TypeVar("T")
 Ask = Callable[[Callable[[], Reply[Any]]], Any]
 
 
-@pytest.fixture(params=["memory", "directory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Name a root of either kind."""
-    return ":memory:" if request.param == "memory" else str(tmp_path / "root")
-
-
 @pytest.fixture
 def persistency(root: str) -> Iterator[Persistency]:
     """Give an empty root."""

@@ -35,41 +35,12 @@ from persistency.actor.upkeep import REAP_ROWS_MAX, REAP_SECONDS, Upkeep
 from persistency.arguments import TTL_SECONDS_MAX
 from persistency.storage.memory import MemoryStore
 from persistency.storage.sqlite import SqliteStore
+from tests.conftest import T0_MS, Wall
 
 WAIT = 20.0
-T0_MS = 1_700_000_000_000
 K = key("k")
 Seen = dict[str, Any]
 View = Callable[[Job], Seen]
-
-
-class Wall:
-    """A wall clock in Unix milliseconds that only a test moves."""
-
-    def __init__(self) -> None:
-        self.ms = T0_MS
-
-    def __call__(self) -> float:
-        return self.ms / 1000
-
-
-@pytest.fixture
-def wall() -> Wall:
-    """A clock that stands still."""
-    return Wall()
-
-
-@pytest.fixture(params=["memory", "directory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Name a root of either kind."""
-    return ":memory:" if request.param == "memory" else str(tmp_path / "root")
-
-
-@pytest.fixture
-def persistency(root: str, wall: Wall) -> Iterator[Persistency]:
-    """Give an empty root."""
-    with Persistency(root, clock=wall) as opened:
-        yield opened
 
 
 @pytest.fixture(params=[{}, {"max_bytes": 10_000}, {"feed_changes_max": 100}], ids=["plain", "quota", "feed"])

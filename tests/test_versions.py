@@ -7,7 +7,7 @@ import itertools
 import pickle
 import random
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,41 +31,12 @@ from persistency import (
     key,
 )
 from persistency.codec.values import decode, encode
+from tests.conftest import T0_MS, Wall
 
 WAIT = 20.0
-T0_MS = 1_700_000_000_000
 K = key("k")
 T = TypeVar("T")
 Ask = Callable[[Callable[[], Reply[Any]]], Any]
-
-
-class Wall:
-    """A wall clock in Unix milliseconds that only a test moves."""
-
-    def __init__(self) -> None:
-        self.ms = T0_MS
-
-    def __call__(self) -> float:
-        return self.ms / 1000
-
-
-@pytest.fixture
-def wall() -> Wall:
-    """A clock that stands still."""
-    return Wall()
-
-
-@pytest.fixture(params=["memory", "directory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Name a root of either kind."""
-    return ":memory:" if request.param == "memory" else str(tmp_path / "root")
-
-
-@pytest.fixture
-def persistency(root: str, wall: Wall) -> Iterator[Persistency]:
-    """Give an empty root."""
-    with Persistency(root, clock=wall) as opened:
-        yield opened
 
 
 @pytest.fixture
