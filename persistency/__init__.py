@@ -16,7 +16,6 @@ from persistency.category import Category
 from persistency.codec.keys import Key, KeyRange, RawKey, key
 from persistency.codec.objects import CBOR, RAW, Codec, typed
 from persistency.coding import CategoryEntry, CategoryRow
-from persistency.collection import Collection, Record
 from persistency.engine import Persistency
 from persistency.errors import (
     Closed,
@@ -39,13 +38,11 @@ from persistency.errors import (
     WriteFailed,
 )
 from persistency.feed import ChangeFeed
-from persistency.following import SharedChange
 from persistency.job import Job
 from persistency.kvstore import KVStore
 from persistency.mapping import CategoryMapping
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
-from persistency.pool import MergePool
-from persistency.shared import SharedStore
+from persistency.shared import Collection, MergePool, Record, SharedChange, SharedStore
 from persistency.storage.port import StoredJob
 from persistency.transaction import Transaction
 

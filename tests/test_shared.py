@@ -31,14 +31,14 @@ from persistency import (
     Transaction,
     key,
 )
-from persistency import following as following_module
-from persistency import places as places_module
-from persistency import shared as shared_module
 from persistency.codec.values import encode
-from persistency.collection import Collection, Record, Snapshot
-from persistency.following import Following, Note, SharedChange
-from persistency.pool import Document, MergePool, merged
 from persistency.shared import SharedStore
+from persistency.shared import following as following_module
+from persistency.shared import places as places_module
+from persistency.shared import store as shared_module
+from persistency.shared.collection import Collection, Record, Snapshot
+from persistency.shared.following import Following, Note, SharedChange
+from persistency.shared.pool import Document, MergePool, merged
 
 WAIT = 20.0  # seconds a test waits for what must come
 START = 1_700_000_000.0

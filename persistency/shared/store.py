@@ -28,14 +28,14 @@ from typing import Any, Self, TypeVar
 from persistency.actor.reply import Reply
 from persistency.arguments import as_choice, as_count, as_seconds, as_ttl_ms
 from persistency.codec.keys import as_key
-from persistency.collection import Collection
 from persistency.engine import Persistency
 from persistency.errors import Closed, Misuse
-from persistency.following import Following, SharedChange
 from persistency.job import Job
 from persistency.ops import Ttl
-from persistency.places import Kind, Place, Wanted, find, find_expired, open_place, purge_slice
-from persistency.pool import MergePool
+from persistency.shared.collection import Collection
+from persistency.shared.following import Following, SharedChange
+from persistency.shared.places import Kind, Place, Wanted, find, find_expired, open_place, purge_slice
+from persistency.shared.pool import MergePool
 
 log = logging.getLogger("persistency.shared")
 

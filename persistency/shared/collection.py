@@ -16,8 +16,8 @@ from persistency.actor.reply import Reply
 from persistency.codec.values import decode, encode
 from persistency.errors import Misuse
 from persistency.ops import Row
-from persistency.places import DATA
-from persistency.sequenced import Accepted, Sequenced, pack
+from persistency.shared.places import DATA
+from persistency.shared.sequenced import Accepted, Sequenced, pack
 from persistency.transaction import Transaction
 
 

@@ -29,10 +29,10 @@ from persistency.arguments import as_count, as_limit, as_payload
 from persistency.codec.keys import Key, KeyRange, as_key, key
 from persistency.codec.values import decode, encode
 from persistency.errors import Closed, Corrupt, FeedTruncated
-from persistency.following import Followers, Following, Note, SharedChange, as_client
 from persistency.job import Job
 from persistency.ops import Row
-from persistency.places import DATA, Kind, Place
+from persistency.shared.following import Followers, Following, Note, SharedChange, as_client
+from persistency.shared.places import DATA, Kind, Place
 from persistency.transaction import Transaction
 
 log = logging.getLogger("persistency.shared")

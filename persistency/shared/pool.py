@@ -17,10 +17,10 @@ from persistency.actor.reply import Reply
 from persistency.codec.keys import Key
 from persistency.codec.values import decode, encode
 from persistency.errors import Misuse
-from persistency.following import as_client
 from persistency.ops import Row
-from persistency.places import DATA
-from persistency.sequenced import Accepted, Sequenced, pack
+from persistency.shared.following import as_client
+from persistency.shared.places import DATA
+from persistency.shared.sequenced import Accepted, Sequenced, pack
 from persistency.transaction import Transaction
 
 
