@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -35,6 +34,7 @@ from typing import Any
 from persistency import Persistency
 from tests.crash.held import PENDING
 from tests.crash.running import PROJECT, command, last_json, run
+from tests.soak.part import Part, Tell
 
 KILLS = {
     "kill -9, durability process": ("--durability", "process"),
@@ -77,18 +77,6 @@ PRODUCERS = {
 
 MACHINE_STEPS = 50
 LARGE_ROWS = 1_000_000
-
-Tell = Callable[[str], None]
-
-
-@dataclass
-class Part:
-    """One row of the table, and what is wrong with it."""
-
-    name: str
-    cells: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-
 
 TABLE_WIDTH = 170
 COLUMNS = ("cycles", "in between", "lost", "holes", "split", "other", "rows", "MiB grown", "seconds")
