@@ -15,6 +15,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key, pack
@@ -172,6 +174,22 @@ def as_choice(value: Any, argument: str, choices: tuple[str, ...]) -> Any:
     """Return one of a few words."""
     if value not in choices:
         raise Misuse(f"{argument} must be one of {', '.join(map(repr, choices))}, not {shown(value)}")
+    return value
+
+
+def as_file(value: Any, argument: str) -> Path:
+    """Return the absolute path of a file to be."""
+    if not isinstance(value, str | PathLike) or not isinstance(fspath(value), str):
+        raise Misuse(f"{argument} must be a path, not {type(value).__name__}: pass the path of a file")
+    if not fspath(value) or "\0" in fspath(value):
+        raise Misuse(f"{argument} is no path: {shown(value)}: pass the path of a file")
+    return Path(value).absolute()
+
+
+def as_progress(value: Any) -> Any:
+    """Return what is told of progress, or `None`."""
+    if value is not None and not callable(value):
+        raise Misuse(f"progress must be callable, not {type(value).__name__}: pass f(done, total)")
     return value
 
 

@@ -966,12 +966,16 @@ def test_a_job_does_what_a_dict_would(variant: Variant) -> None:
     drive(variant, runs=60, steps=30)
 
 
+@pytest.mark.timeout(300)
 def test_the_machine_comes_to_what_it_should() -> None:
     """Its runs hold ended rows, slices, conflicts, refusals, gaps, kills, steps back and so on, often enough."""
     reached.clear()
-    for variant in (VARIANTS[-1], VARIANTS[-2]):
-        drive(variant, runs=40, steps=40, database=None, derandomize=True)
     names = ["Conflict", "QuotaExceeded", "FeedTruncated", "KeyError", "KeyboardInterrupt", "SystemExit", "Entry"]
     names += ["steps back", "slices", "slices of several", "reopened with ended rows", "killed with rows", "gaps"]
     names += ["waited for", "runs within runs"]
+    for _ in range(12):  # what a round of few runs comes to is chance
+        for variant in (VARIANTS[-1], VARIANTS[-2]):
+            drive(variant, runs=40, steps=40, database=None)
+        if all(reached[name] >= 3 for name in names):
+            break
     assert {name: reached[name] for name in names if reached[name] < 3} == {}

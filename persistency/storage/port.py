@@ -1,10 +1,6 @@
 """The storage port: what the actor may ask of a storage engine, in words of groups, rows and ranges.
 
-A *group* is one flat list, three places per message, so that a queued write costs three pointers and no
-object of its own:
-
-    category, key, payload      a plain put: three `bytes`
-    None, message, token        anything else; the token is the actor's own and is never looked at here
+What a group is, and the messages it may hold, `storage.verbs` says; they are this module's names too.
 
 Rules:
   1. `apply` runs a whole group in one transaction, in order, reads among the writes, and returns one outcome
@@ -24,15 +20,96 @@ Doesn't know: threads, futures, key tuples, SQL, clocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from persistency.storage.verbs import (
+    PLACES,
+    READS,
+    BackUp,
+    Barrier,
+    Batch,
+    ChangeKind,
+    CheckUp,
+    CountRange,
+    DropRange,
+    DropRow,
+    Expect,
+    Extent,
+    Failed,
+    GetEntry,
+    GetRow,
+    GetRows,
+    GiveBack,
+    Group,
+    HasRow,
+    LastVersion,
+    ListCategories,
+    ListChanges,
+    ListEntries,
+    Reap,
+    Run,
+    ScanRange,
+    SetRow,
+    StoredChange,
+    StoredRow,
+    SwapRow,
+    TouchRow,
+    UsedBytes,
+    Within,
+    operations,
+    writes,
+)
+
+__all__ = [
+    "PAYLOAD_BYTES_MAX",
+    "PLACES",
+    "READS",
+    "BackUp",
+    "Barrier",
+    "Batch",
+    "ChangeKind",
+    "CheckUp",
+    "Checkpointing",
+    "CountRange",
+    "DropRange",
+    "DropRow",
+    "Durability",
+    "Expect",
+    "Extent",
+    "Failed",
+    "GetEntry",
+    "GetRow",
+    "GetRows",
+    "GiveBack",
+    "Group",
+    "HasRow",
+    "LastVersion",
+    "ListCategories",
+    "ListChanges",
+    "ListEntries",
+    "OutcomeUnknown",
+    "Reap",
+    "Root",
+    "Run",
+    "ScanRange",
+    "SetRow",
+    "Status",
+    "Store",
+    "StoreOptions",
+    "StoredChange",
+    "StoredJob",
+    "StoredRow",
+    "SwapRow",
+    "TouchRow",
+    "UsedBytes",
+    "Within",
+    "operations",
+    "writes",
+]
+
 Durability: TypeAlias = Literal["process", "power"]
-ChangeKind: TypeAlias = Literal["put", "delete", "expire", "delete_range"]
-Group: TypeAlias = list[Any]
-PLACES = 3  # per message of a group
 
 PAYLOAD_BYTES_MAX = 256 * 1024 * 1024
 
@@ -48,255 +125,6 @@ class StoreOptions:
     durability: Durability = "process"
     max_bytes: int | None = None
     feed_changes_max: int = 0
-
-
-# What a group may hold besides plain puts. Writes:
-
-
-class SetRow(NamedTuple):
-    """Store a row that ends at `expires_ms` (`None`: never), as a plain put does one without an end. Answer: `None`.
-
-    `origin` belongs to the caller.
-    """
-
-    category: bytes
-    key: bytes
-    payload: bytes
-    expires_ms: int | None
-    origin: Any = None
-
-
-class DropRow(NamedTuple):
-    """Remove one row. Answer: whether a live one was there."""
-
-    category: bytes
-    key: bytes
-
-
-class DropRange(NamedTuple):
-    """Remove the rows with start <= key < stop (`None`: no upper bound). Answer: how many were live."""
-
-    category: bytes
-    start: bytes
-    stop: bytes | None
-
-
-class SwapRow(NamedTuple):
-    """Put `payload` in the place of a row that is `expected`; `None` is no row, on either side.
-
-    Answer: whether it was. The new row ends at `expires_ms` (`None`: never).
-    """
-
-    category: bytes
-    key: bytes
-    expected: bytes | None
-    payload: bytes | None
-    expires_ms: int | None
-
-
-class TouchRow(NamedTuple):
-    """Give a live row another end (`None`: none); payload and version stay. Answer: whether a live one was there."""
-
-    category: bytes
-    key: bytes
-    expires_ms: int | None
-
-
-class Expect(NamedTuple):
-    """Inside a batch only: the row's version must be this before the batch (`None`: no live row)."""
-
-    category: bytes
-    key: bytes
-    version: int | None
-
-
-class Batch(NamedTuple):
-    """A group within the group, all or nothing: puts, drops and `Expect`s only. Answer: its last version.
-
-    `ops` is the number of its operations, `expects` whether any is an `Expect`; `origin` belongs to the caller.
-    """
-
-    items: Group
-    ops: int
-    expects: bool
-    origin: tuple[Any, ...] = ()
-
-
-class Run(NamedTuple):
-    """Call `fn(within)` inside the transaction, its writes all or nothing. Answer: what it returns.
-
-    If it raises, its writes are undone alone and what it raised is the outcome. It is called again if the transaction
-    has to be, so it may have no effects elsewhere. `origin` belongs to the caller.
-    """
-
-    fn: Callable[[Within], Any]
-    origin: tuple[Any, ...] = ()
-
-
-class Reap(NamedTuple):
-    """Take at most `limit` rows away that are no longer live. Answer: how many. For `Store.reap` alone."""
-
-    limit: int
-
-
-# Reads and barriers:
-
-
-class GetRow(NamedTuple):
-    """Answer: the payload, or `None`."""
-
-    category: bytes
-    key: bytes
-
-
-class HasRow(NamedTuple):
-    """Answer: whether there is a live row; its payload is not read."""
-
-    category: bytes
-    key: bytes
-
-
-class GetEntry(NamedTuple):
-    """Answer: a `StoredRow`, or `None`."""
-
-    category: bytes
-    key: bytes
-
-
-class GetRows(NamedTuple):
-    """Answer: (key, payload) pairs in the order asked, the missing left out."""
-
-    category: bytes
-    keys: tuple[bytes, ...]
-
-
-class ScanRange(NamedTuple):
-    """Answer: (key, payload) pairs with start <= key < stop in key order, at most `limit` of them.
-
-    With `keys_only` the payloads are left empty.
-    """
-
-    category: bytes
-    start: bytes
-    stop: bytes | None
-    reverse: bool = False
-    limit: int | None = None
-    keys_only: bool = False
-
-
-class CountRange(NamedTuple):
-    """Answer: how many live rows have start <= key < stop."""
-
-    category: bytes
-    start: bytes
-    stop: bytes | None
-
-
-class ListCategories(NamedTuple):
-    """Answer: the categories that have a live row, in byte order."""
-
-
-class ListEntries(NamedTuple):
-    """Answer: every live row of a category as a `StoredRow`, in the order of versions."""
-
-    category: bytes
-
-
-class UsedBytes(NamedTuple):
-    """Answer: how many bytes the payloads of all live rows have."""
-
-
-class ListChanges(NamedTuple):
-    """Answer: the first `limit` changes with a version above `after`, as `StoredChange`s in order.
-
-    `Failed(FeedTruncated)` if one of those is no longer kept. Whether the caller will `wait` is nothing to a store;
-    `origin` belongs to the caller.
-    """
-
-    after: int
-    limit: int
-    wait: bool = False
-    origin: Any = None
-
-
-class LastVersion(NamedTuple):
-    """Answer: the version of the last operation applied."""
-
-
-class Barrier(NamedTuple):
-    """Answer: `None`, once all before it is committed; with `sync`, once it is on the medium."""
-
-    sync: bool = False
-
-
-class StoredRow(NamedTuple):
-    """One row as the engine keeps it."""
-
-    key: bytes
-    payload: bytes
-    version: int
-    expires_ms: int | None
-
-
-class StoredChange(NamedTuple):
-    """One change as the engine keeps it. `stop` is a range's (`None`: to the last key), `payload` a put's."""
-
-    version: int
-    kind: ChangeKind
-    category: bytes
-    key: bytes
-    payload: bytes | None
-    stop: bytes | None
-
-
-class Failed(NamedTuple):
-    """The outcome of a message that failed by itself."""
-
-    error: BaseException
-
-
-READS: frozenset[type] = frozenset(
-    {
-        GetRow,
-        HasRow,
-        GetEntry,
-        GetRows,
-        ScanRange,
-        CountRange,
-        ListCategories,
-        ListEntries,
-        UsedBytes,
-        ListChanges,
-        LastVersion,
-    }
-)
-# Messages that are no operation of a caller's.
-_NO_OPERATION = READS | {Barrier, Reap}
-
-
-def operations(message: Any) -> int:
-    """Return how many write operations a message is; a read or a barrier is none."""
-    kind = type(message)
-    if kind is Batch:
-        return int(message.ops)
-    return 0 if kind in _NO_OPERATION else 1
-
-
-def writes(group: Group) -> bool:
-    """Say whether a group holds a write operation."""
-    messages = zip(group[::PLACES], group[1::PLACES], strict=True)
-    return any(category is not None or operations(message) for category, message in messages)
-
-
-class Within(Protocol):
-    """What a `Run`'s function gets: the rows as its transaction sees them, its own writes included."""
-
-    @property
-    def version(self) -> int:
-        """The last version given, the transaction's own included."""
-
-    def do(self, message: Any) -> Any:
-        """Run one message, read or write, now, and return its answer; raise what would be a `Failed` outcome."""
 
 
 class OutcomeUnknown(Exception):

@@ -1,0 +1,127 @@
+"""Errands: work that takes long, done in a thread of its own, step by step, and answered by a reply.
+
+A backup, a check, an export: nobody should wait behind one. It asks the job for what it needs like any other client, or
+reads the file through a connection of its own.
+
+Rules:
+  1. The work is a generator: what it yields is how far it has come, what it returns is the answer.
+  2. A step is the unit that a fork waits for; between two of them nothing of an engine is held.
+  3. What goes wrong, in the work or in the callback that is told of its progress, ends the errand and is its answer.
+
+Doesn't know: what the work is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterable
+from threading import get_ident
+from time import monotonic
+from typing import Any, TypeAlias, TypeVar
+
+from persistency.actor.reply import Reply
+from persistency.actor.settling import pending, settle_all, tell_if_unseen
+
+log = logging.getLogger("persistency")
+
+T = TypeVar("T")
+
+Steps: TypeAlias = Generator[tuple[int, int | None], None, T]
+"""Yields (done, of how much; `None`: nobody knows), in the unit of the work."""
+Progress: TypeAlias = Callable[[int, int | None], object]
+
+_going: set[_Errand] = set()
+
+
+def errand(name: str, steps: Steps[T], progress: Progress | None = None) -> Reply[T]:
+    """Run steps in a thread called `name`, telling `progress(done, total)` after each; the reply gives their answer."""
+    going = _Errand(name, steps, progress)
+    _going.add(going)
+    thread = threading.Thread(target=going.run, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is shutting down and starts no threads any more
+        going.run()
+    return going.reply
+
+
+def going() -> list[Reply[Any]]:
+    """Return the replies of the errands that are under way."""
+    return [one.reply for one in list(_going)]
+
+
+class Pause:
+    """All errands held between two steps. Made before a fork, ended after it by `end` in both processes."""
+
+    def __init__(self, seconds: float) -> None:
+        deadline = monotonic() + seconds
+        me = get_ident()
+        self._held = [one for one in list(_going) if one.thread != me and one.hold(deadline - monotonic())]
+
+    def end(self, *, forked: BaseException | None = None) -> None:
+        """Let the errands go on; in the child, where their threads aren't, they are answered with why."""
+        for one in self._held:
+            one.let_go()
+        if forked is not None:
+            _abandon(list(_going), forked)
+
+
+def _abandon(errands: Iterable[_Errand], error: BaseException) -> None:
+    _going.clear()
+    for one in errands:
+        one.abandoned = error
+
+
+class _Errand:
+    """One errand. The line its own reply waits in, too: it can't be withdrawn."""
+
+    def __init__(self, name: str, steps: Steps[Any], progress: Progress | None) -> None:
+        self.reply: Reply[Any] = pending(self, reads=False)
+        self.thread: int | None = None
+        self.abandoned: BaseException | None = None
+        self._name = name
+        self._steps = steps
+        self._progress = progress
+        self._stepping = threading.Lock()
+
+    def hold(self, seconds: float) -> bool:
+        """Keep the next step from beginning, waiting for the end of this one."""
+        return self._stepping.acquire(timeout=max(0.0, seconds))
+
+    def let_go(self) -> None:
+        """Let the next step begin."""
+        self._stepping.release()
+
+    def run(self) -> None:
+        """Take every step, and settle the reply."""
+        self.thread = get_ident()
+        value, error = None, None
+        try:
+            value = self._walk()
+        except BaseException as failed:
+            error = failed
+            tell_if_unseen(self.reply, failed, lambda error: log.error("%s failed: %s", self._name, error))
+        finally:
+            self._steps.close()
+            _going.discard(self)
+            self.thread = None
+        settle_all([(self.reply, value, error)])
+
+    def _walk(self) -> Any:
+        while True:
+            with self._stepping:
+                try:
+                    done, total = next(self._steps)
+                except StopIteration as stop:
+                    return stop.value
+            if self._progress is not None:
+                self._progress(done, total)
+
+    def withdraw(self, _reply: Reply[Any]) -> bool:
+        """Say that an errand isn't called back."""
+        return False
+
+    def waits_for_itself(self) -> bool:
+        """Say whether the calling thread is the one that runs it."""
+        return self.thread == get_ident()
