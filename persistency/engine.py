@@ -19,24 +19,25 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import fields
 from os import PathLike, fspath
 from pathlib import Path
-from time import monotonic
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
+from persistency import lifecycle
 from persistency.actor.bounds import OnFull
 from persistency.actor.clock import reading, system_ms
 from persistency.actor.reply import Reply
-from persistency.arguments import as_seconds
-from persistency.closing import Closing
-from persistency.errors import Closed, Failure, JobNotFound, Misuse, WriteFailed
+from persistency.arguments import as_limit, as_seconds
+from persistency.driving import adrive, drive
+from persistency.errors import Closed, Failure, Forked, JobNotFound, Misuse, WriteFailed
 from persistency.job import Job
+from persistency.ops import Ttl
 from persistency.options import DEFAULT, Default, JobOptions, OnError, checked
-from persistency.registry import Site
+from persistency.registry import Opener, Site
+from persistency.slots import Slots
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.files import real_root
 from persistency.storage.memory import MemoryRoot
-from persistency.storage.port import Durability, StoredJob
-
-T = TypeVar("T")
+from persistency.storage.port import Durability
+from persistency.sweeps import Sweeping
 
 MEMORY = ":memory:"
 
@@ -64,12 +65,14 @@ def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
         return site, path
 
 
-class Persistency(Closing):
+class Persistency(Sweeping):
     """A root directory of jobs. Any thread may use it.
 
-    `root`: a directory, existing or not, or `":memory:"`. `open_timeout` and `exit_timeout` are in seconds: how long
-    opening a job may take (`None`: as long as it takes), and how long the exit of the interpreter may take to write
-    what is waiting. `clock` returns Unix seconds, like `time.time`.
+    `root`: a directory, existing or not, or `":memory:"`. `max_live_jobs` is how many jobs may have a thread and a
+    connection at once (`None`: all of them); of more, those that were used the longest ago rest until somebody uses
+    them, and so does one that nobody used for `idle_ttl` seconds. Their handles don't show it. `open_timeout` and
+    `exit_timeout` are in seconds: how long opening a job may take (`None`: as long as it takes), and how long the exit
+    of the interpreter may take to write what is waiting. `clock` returns Unix seconds, like `time.time`.
     """
 
     _closed = True  # until it is known to be sound; see __del__
@@ -80,11 +83,16 @@ class Persistency(Closing):
         self,
         root: str | PathLike[str],
         *,
+        max_live_jobs: int | None = None,
+        idle_ttl: float | None = None,
         open_timeout: float | None = 60.0,
         exit_timeout: float = 30.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._open_timeout = as_seconds(open_timeout, "open_timeout")
+        live_max, idle_ttl = as_limit(max_live_jobs, "max_live_jobs"), as_seconds(idle_ttl, "idle_ttl")
+        limited = live_max is not None or idle_ttl is not None
+        slots = Slots(live_max, idle_ttl, self._open_timeout) if limited else None
         self._exit_timeout = as_seconds(exit_timeout, "exit_timeout", optional=False) or 0.0
         if clock is not None and not callable(clock):
             raise Misuse(f"clock must be callable, not {type(clock).__name__}: pass a function like time.time")
@@ -93,7 +101,10 @@ class Persistency(Closing):
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
         self._options: dict[str, Any] = {}  # what `instance` was first called with
+        self._opener = Opener(self._read_ms, self._exit_timeout, slots, _forgetter(weakref.ref(self)))
+        self._forked = False
         self._closed = False
+        _everywhere.add(self)
 
     # -- the singleton -------------------------------------------------------------------------------------------
 
@@ -105,6 +116,8 @@ class Persistency(Closing):
         """
         with cls._instance_lock:
             found = cls._instance
+            if found is not None and found._forked:
+                raise Forked("the instance is the parent process'", hint="Call Persistency.reset() here first.")
             if found is None or found._closed:
                 if root is None:
                     raise Closed("there is no instance yet", hint="Make it with Persistency.instance(root).")
@@ -123,7 +136,7 @@ class Persistency(Closing):
         """Close the process-wide `Persistency` and forget it; nothing happens if there is none."""
         with cls._instance_lock:
             found, cls._instance = cls._instance, None
-        if found is not None:
+        if found is not None and not found._forked:
             found.close()
 
     @property
@@ -137,6 +150,7 @@ class Persistency(Closing):
         self,
         job_id: str | None = None,
         *,
+        ttl: Ttl | Default | None = DEFAULT,
         durability: Durability | Default = DEFAULT,
         max_bytes: int | Default | None = DEFAULT,
         mailbox_ops_max: int | Default = DEFAULT,
@@ -144,6 +158,7 @@ class Persistency(Closing):
         requests_max: int | Default = DEFAULT,
         on_full: OnFull | Default = DEFAULT,
         full_timeout: float | Default | None = DEFAULT,
+        sync_interval: float | Default | None = DEFAULT,
         stall_timeout: float | Default = DEFAULT,
         feed_changes_max: int | Default = DEFAULT,
         inline: bool | Default = DEFAULT,
@@ -153,6 +168,8 @@ class Persistency(Closing):
 
         Without an id the job gets a fresh, unguessable one (24 hex digits).
 
+        ttl: seconds, or a `timedelta`, after which the job is over: its handles raise `Closed`, its files go with the
+          next `purge_expired`. Without, one that is stored keeps its end, and a new one has none.
         durability: `"process"` (the default): what is committed survives the end of the process; `"power"`: every
           commit is on the medium before it is answered.
         max_bytes: how many bytes the payloads of all rows may have together (`None`, the default: any number). A write
@@ -161,6 +178,8 @@ class Persistency(Closing):
           (32 MiB) and requests (8,192) may wait. More lets a producer run further ahead; a read then waits longer.
         on_full: `"block"` (the default): a plain thread waits for room, up to `full_timeout` (60 s), then
           `Overloaded`; `"raise"`: `Overloaded` at once.
+        sync_interval: within how many seconds (1) what was committed is brought onto the medium, which bounds what a
+          power cut can take (`None`: only with `flush(sync=True)` and at the end).
         stall_timeout: how many seconds (60) a fault of the system, such as a full disk, may last.
         feed_changes_max: how many changes are kept for `changes` and `ChangeFeed` (0: none).
         inline: whether point reads may be answered in the thread of an event loop (`True`).
@@ -170,24 +189,22 @@ class Persistency(Closing):
         has the job, `Corrupt`, `SchemaTooNew` or another `StorageError` if its file can't be used, `TimeoutError`.
         """
         given = dict(locals())
-        return self._drive(self._opening(given.pop("job_id"), given), self._open_timeout)
+        return drive(self._opening(given.pop("job_id"), given), self._open_timeout)
 
     async def aopen_job(self, job_id: str | None = None, **options: Any) -> Job:
         """Do what `open_job` does, without blocking the event loop."""
         unknown = options.keys() - _OPTION_NAMES
         if unknown:
             raise TypeError(f"aopen_job() got an unexpected keyword argument {min(unknown)!r}")
-        return await self._adrive(self._opening(job_id, dict(options)), self._open_timeout)
+        return await adrive(self._opening(job_id, dict(options)), self._open_timeout)
 
     def _opening(self, job_id: str | None, given: dict[str, Any]) -> Generator[Reply[None], None, Job]:
         given.pop("self", None)
         given = checked(given)
-        if self._closed:
-            raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
+        self._check_open()
         job_id = secrets.token_hex(12) if job_id is None else job_id
-        forget = _forgetter(weakref.ref(self))
         while True:
-            job = yield from self._site.open(job_id, given, self._read_ms, self._exit_timeout, forget)
+            job = yield from self._site.open(job_id, given, self._opener)
             with self._lock:
                 held = self._jobs.get(job_id)
                 if (held is None or held.closed) and not self._closed:
@@ -200,8 +217,18 @@ class Persistency(Closing):
             if held is not None and not held.closed:
                 return held
 
+    def _check_here(self) -> None:
+        if self._forked:
+            raise Forked(f"{self!r} is the parent process'", hint="Make a new Persistency in this process.")
+
+    def _check_open(self) -> None:
+        self._check_here()
+        if self._closed:
+            raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
+
     def job(self, job_id: str) -> Job:
         """Return the handle of an open job. Raises `JobNotFound` if it isn't open here."""
+        self._check_here()
         self._site.root.path(job_id)
         with self._lock:
             job = self._jobs.get(job_id)
@@ -214,8 +241,10 @@ class Persistency(Closing):
 
     def has_job(self, job_id: str) -> bool:
         """Say whether a job is open here."""
+        self._check_here()
         self._site.root.path(job_id)
-        return job_id in self._jobs
+        job = self._jobs.get(job_id)
+        return job is not None and not job.closed
 
     def __contains__(self, job_id: object) -> bool:
         try:
@@ -224,8 +253,9 @@ class Persistency(Closing):
             return False
 
     def __iter__(self) -> Iterator[str]:
+        self._check_here()
         with self._lock:
-            return iter(list(self._jobs))
+            return iter([job_id for job_id, job in self._jobs.items() if not job.closed])
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -235,6 +265,7 @@ class Persistency(Closing):
 
     def close_job(self, job_id: str, timeout: float | None = None) -> None:
         """Close a job as its handle's `close` does; one that isn't open is fine."""
+        self._check_here()
         self._site.root.path(job_id)
         timeout = as_seconds(timeout, "timeout")
         with self._lock:
@@ -247,15 +278,14 @@ class Persistency(Closing):
 
         Raises `JobLocked` if it is open in another process, or through another `Persistency`.
         """
-        return self._drive(self._dropping(job_id), None)
+        return drive(self._dropping(job_id), None)
 
     async def adrop_job(self, job_id: str) -> list[Path]:
         """Do what `drop_job` does, without blocking the event loop."""
-        return await self._adrive(self._dropping(job_id, aside=True), None)
+        return await adrive(self._dropping(job_id, aside=True), None)
 
     def _dropping(self, job_id: str, *, aside: bool = False) -> Generator[Reply[Any], Any, list[Path]]:
-        if self._closed:
-            raise Closed(f"{self!r} is closed", hint="Make a new Persistency.")
+        self._check_open()
         self._site.root.path(job_id)
         with self._lock:
             job = self._jobs.get(job_id)
@@ -265,10 +295,6 @@ class Persistency(Closing):
                 yield job._leave()
         return (yield from self._site.drop(job_id, aside=aside))
 
-    def stored_jobs(self) -> list[StoredJob]:
-        """Return every job the root keeps, open or not."""
-        return self._site.root.stored()
-
     # -- closing -------------------------------------------------------------------------------------------------
 
     def close(self, timeout: float | None = None) -> None:
@@ -277,13 +303,14 @@ class Persistency(Closing):
         Raises `WriteFailed` with the failures of all of them, or `TimeoutError` after `timeout` seconds, naming those
         that are still closing; they keep closing.
         """
-        self._drive(self._closing(), as_seconds(timeout, "timeout"))
+        drive(self._closing(), as_seconds(timeout, "timeout"))
 
     async def aclose(self) -> None:
         """Do what `close` does, without blocking the event loop."""
-        await self._adrive(self._closing(), None)
+        await adrive(self._closing(), None)
 
     def _closing(self) -> Generator[Reply[None], None, None]:
+        self._check_here()
         with self._lock:
             for job in self._jobs.values():
                 job._check_outside()
@@ -309,45 +336,11 @@ class Persistency(Closing):
         if first is not None:
             raise first
 
-    def _drive(self, steps: Generator[Reply[Any], Any, T], timeout: float | None) -> T:
-        """Wait for each reply a generator yields, in this thread."""
-        deadline = None if timeout is None else monotonic() + timeout
-        try:
-            reply = next(steps)
-            while True:
-                try:
-                    reply.result(None if deadline is None else max(0.0, deadline - monotonic()))
-                except Exception as error:
-                    reply = steps.throw(error)
-                else:
-                    reply = steps.send(None)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]  # what the generator returned
-        finally:
-            steps.close()
-
-    async def _adrive(self, steps: Generator[Reply[Any], Any, T], timeout: float | None) -> T:
-        """Wait for each reply a generator yields, in this event loop."""
-        deadline = None if timeout is None else monotonic() + timeout
-        try:
-            reply = next(steps)
-            while True:
-                try:
-                    await reply.within(None if deadline is None else max(0.0, deadline - monotonic()))
-                except Exception as error:
-                    reply = steps.throw(error)
-                else:
-                    reply = steps.send(None)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]  # what the generator returned
-        finally:
-            steps.close()
-
     def __repr__(self) -> str:
         return f"<Persistency {self.root!r}{' (closed)' if self._closed else ''}>"
 
     def __del__(self) -> None:
-        if not self._closed and self._jobs:
+        if not self._closed and not self._forked and self._jobs:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
 
@@ -364,4 +357,16 @@ def _forgetter(owner: weakref.ref[Persistency]) -> Callable[[Job], None]:
     return forget
 
 
-_OPTION_NAMES = {field.name for field in fields(JobOptions)}
+def _in_child() -> None:
+    """In a forked child: the parent's roots and jobs are none of its business."""
+    global _sites_lock  # noqa: PLW0603  # another thread of the parent may have had it
+    _sites_lock = threading.RLock()
+    _sites.clear()
+    Persistency._instance_lock = threading.RLock()
+    for found in list(_everywhere):
+        found._forked = True
+
+
+_everywhere: weakref.WeakSet[Persistency] = weakref.WeakSet()
+lifecycle.in_child.append(_in_child)
+_OPTION_NAMES = {field.name for field in fields(JobOptions)} - {"ttl_ms"} | {"ttl"}

@@ -194,6 +194,7 @@ class StorageError(PersistencyError):
     """The storage engine or the file system failed. `code` is SQLite's extended result code (0: not SQLite's)."""
 
     hint = "See the cause; the file system's own log may say more."
+    at_commit = False  # it was the commit that failed: what it was to write may be there all the same
 
     def __init__(self, message: str, code: int = 0, *, hint: str | None = None) -> None:
         super().__init__(message, code, hint=hint)

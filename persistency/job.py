@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
-from persistency import care, messages
+from persistency import care, messages, outside, transfer
 from persistency.actor.bounds import Bounds
 from persistency.actor.errand import Progress, Steps, errand
 from persistency.actor.mailbox import Mailbox
@@ -213,8 +213,36 @@ class Job(Reads):
 
         The first time on a file that was migrated from an older format it is written anew in one piece.
         """
+        self._check_outside()
         steps = care.compacted(lambda message: self._mailbox.write(message, 0, 0, free=True))
         return self._errand("compact", steps, as_progress(progress))
+
+    def export(self, file: str | PathLike[str] | outside.Sink, progress: Progress | None = None) -> Reply[int]:
+        """Write every row, with its expiry, as CBOR items that any release reads; answer how many there were.
+
+        `file` is open for writing bytes, and used by another thread until the answer is there; or a path: then the file
+        is there whole or not at all. `progress(done, None)` is told the rows. It is no snapshot of one moment, as a
+        `backup` is: rows that are there throughout are in it once, of others it may have some. What the open file
+        raises is what the reply raises; about a path it is a `StorageError`.
+        """
+        self._check_outside()
+        self._mailbox.check()
+        target = outside.as_target(file, "file", self.path)
+        steps = transfer.exported(self.id, lambda: self._mailbox, self._now_ms, target)
+        return self._errand("export", steps, as_progress(progress))
+
+    def import_(self, file: str | PathLike[str] | outside.Source, progress: Progress | None = None) -> Reply[int]:
+        """Take in the rows of an export, read to its end, and answer how many; those that have ended are left out.
+
+        Rows under the same keys are replaced, others stay. A batch at a time is committed: what has gone wrong later
+        (`Corrupt`, `QuotaExceeded`, ...) leaves those before it. `SchemaTooNew` if a newer release has written it.
+        `file` as for `export`; `progress(done, None)` is told the rows read.
+        """
+        self._check_outside()
+        self._mailbox.check()
+        source = outside.as_source(file, "file")
+        steps = transfer.imported(lambda: self._mailbox, self._now_ms, source)
+        return self._errand("import", steps, as_progress(progress))
 
     def _errand(self, name: str, steps: Steps[T], progress: Progress | None) -> Reply[T]:
         return errand(f"persistency:{self.id}:{name}", steps, progress)
@@ -251,6 +279,7 @@ class Job(Reads):
     def _leave(self, *, drain: bool = True, flush: bool = True) -> Reply[None]:
         """Begin to close; the reply is what `close` waits for. Without `flush` failures are left to other handles."""
         self._check_outside()
+        self._mailbox.check_here()
         return self._release(self, drain, flush)
 
     def _check_outside(self) -> None:

@@ -1,13 +1,17 @@
-"""Lifecycle: what happens to open jobs when the interpreter exits.
+"""Lifecycle: what happens to open jobs when the interpreter exits, is told to end, or is forked.
 
-One hook, registered when this module is imported, so that it runs after the hooks of everybody who imported it:
-it has every worker write what waits, tidy its file up and end its thread, all of them side by side, and names on
+At exit one hook, registered when this module is imported, so that it runs after the hooks of everybody who imported it,
+has every worker write what waits, tidy its file up and end its thread, all of them side by side, and names on
 stderr what could not be written in time. Nothing is closed: whoever posts later, from an earlier hook or a thread
 that outlives main, is served in its own thread.
+
+A fork waits a moment until no worker is in the middle of a turn. In the child every handle of the parent's raises
+`Forked`; the child may open jobs of its own.
 
 Rules:
   1. Workers are daemon threads: an interpreter that exits never waits for one that sleeps.
   2. No thread is started once the hook has begun.
+  3. In a child nothing of the parent's is written, and nobody waits for a thread that isn't there.
 
 Doesn't know: roots, leases, what a worker does.
 """
@@ -20,15 +24,21 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+from persistency.actor import errand
 from persistency.actor.failures import FailureLog
+from persistency.actor.reply import Reply
+from persistency.actor.settling import abandon
 from persistency.actor.worker import Worker
+from persistency.errors import Forked, Misuse
 
 _TELL_SECONDS_MAX = 5.0
 _LOOK_SECONDS = 0.1
 _INTERRUPTS_MAX = 2  # the second one gives up
+_FORK_SECONDS = 1.0  # so long a fork waits for those who are in the middle of something
 
 
 class _Charge(NamedTuple):
@@ -41,10 +51,12 @@ class _Charge(NamedTuple):
 _lock = threading.RLock()  # a signal handler may open a job too
 _charges: dict[int, _Charge] = {}
 _exiting = False
+_finalized_in: int | None = None  # the process in which multiprocessing calls the hook, too
 
 
 def look_after(job_id: str, worker: Worker, failures: FailureLog, exit_timeout: float) -> None:
     """Have a worker drained at exit, within `exit_timeout` seconds; once the hook has begun nobody waits any more."""
+    _finalize_child()
     with _lock:
         if _exiting:
             return
@@ -65,20 +77,25 @@ def forget(worker: Worker) -> None:
         _charges.pop(id(worker), None)
 
 
+# -- exit ---------------------------------------------------------------------------------------------------------
+
+
 class _Interrupts:
-    """Counts Ctrl-C while it is entered, instead of letting it tear the exit hook apart."""
+    """Counts signals that ask for an end while it is entered, instead of letting them tear the exit hook apart."""
 
     count = 0
 
     def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {}
         # Elsewhere than in the main thread there are no signals to take.
         with contextlib.suppress(ValueError):
-            self._before = signal.signal(signal.SIGINT, self._note)
+            for number in (signal.SIGINT, *_ours()):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _note(self, *_: object) -> None:
         self.count += 1
@@ -91,15 +108,14 @@ def _at_exit() -> None:
         with _lock:
             charges = list(_charges.values())
         begun = monotonic()
+        longest = max((charge.exit_timeout for charge in charges), default=0.0)
+        for reply in errand.going():  # they ask the jobs for what they need, so these come after
+            _wait(reply, begun + longest, interrupts)
         leaving = [(charge, charge.worker.retire()) for charge in charges]
         told = False
         for charge, reply in leaving:
-            while not reply.done() and interrupts.count < _INTERRUPTS_MAX:
-                left = begun + charge.exit_timeout - monotonic()
-                if left <= 0:
-                    break
-                with contextlib.suppress(TimeoutError):
-                    reply.exception(min(left, _LOOK_SECONDS))  # now and then it is looked whether Ctrl-C was typed
+            while not reply.done() and interrupts.count < _INTERRUPTS_MAX and monotonic() < begun + charge.exit_timeout:
+                _wait(reply, min(begun + charge.exit_timeout, monotonic() + _LOOK_SECONDS), interrupts)
                 if interrupts.count and not told:
                     told = True
                     pending = sum(charge.worker.statistics().pending for charge, _ in leaving)
@@ -112,9 +128,17 @@ def _at_exit() -> None:
             charge.failures.wait_told(min(_TELL_SECONDS_MAX, charge.exit_timeout))
         # What is kept here to the very end would keep its users' modules from ending in order.
         _charges.clear()
+        in_child.clear()
         others = [thread for thread in threading.enumerate() if not thread.name.startswith("persistency:")]
         if any(thread.daemon for thread in others):
             _keep_for_ever(charges)
+
+
+def _wait(reply: Reply[Any], until: float, interrupts: _Interrupts) -> None:
+    """Wait for a reply; now and then it is looked whether Ctrl-C was typed."""
+    while not reply.done() and (left := until - monotonic()) > 0 and interrupts.count < _INTERRUPTS_MAX:
+        with contextlib.suppress(TimeoutError):
+            reply.exception(min(left, _LOOK_SECONDS))
 
 
 def _say(text: str) -> None:
@@ -130,13 +154,110 @@ def _keep_for_ever(charges: list[_Charge]) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(charge.worker.store))
 
 
+def _finalize_child() -> None:
+    """In a child of multiprocessing see that the hook runs: before Python 3.13 `atexit` doesn't there."""
+    global _finalized_in  # noqa: PLW0603  # of this process
+    process = sys.modules.get("multiprocessing.process")
+    if process is None or process.parent_process() is None or _finalized_in == os.getpid():
+        return
+    from multiprocessing.util import Finalize  # it is there already: this is one of its children
+
+    _finalized_in = os.getpid()
+    Finalize(None, _at_exit, exitpriority=-100)  # after whatever the child's own code has set up
+
+
+# -- signals -------------------------------------------------------------------------------------------------------
+
+_handled: set[int] = set()
+
+
+def install_signal_handlers() -> None:
+    """Have SIGTERM and SIGHUP end the process in order, as `sys.exit` does: what was posted is written.
+
+    To be called in the main thread. A handler that is set already is left alone. The exit code is 128 + the signal's
+    number, as a shell reports it. Raises `Misuse` in another thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise Misuse("signal handlers can only be installed in the main thread: call it there, before anything else")
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has both
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+            _handled.add(number)
+
+
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _ours() -> list[int]:
+    return [number for number in _handled if signal.getsignal(number) is _end]
+
+
+# -- fork ----------------------------------------------------------------------------------------------------------
+
+in_child: list[Callable[[], None]] = []  # what else is to be done in a forked child
+
+
+class _Fork:
+    """All workers and errands kept between two turns while the process is forked."""
+
+    def __init__(self) -> None:
+        _lock.acquire()
+        deadline = monotonic() + _FORK_SECONDS
+        self._errands = errand.Pause(_FORK_SECONDS)
+        self._held: dict[int, tuple[Worker, object]] = {}
+        for number, charge in list(_charges.items()):
+            token = object()
+            if charge.worker.mailbox.hold(token, deadline - monotonic()):
+                self._held[number] = (charge.worker, token)
+
+    def end(self) -> None:
+        """Let everybody go on, in the parent."""
+        for worker, token in self._held.values():
+            worker.mailbox.give_back(token)
+            worker.mailbox.ring()
+        self._errands.end()
+        _lock.release()
+
+    def end_in_child(self) -> None:
+        """Give all of it up, in the child."""
+        forked = Forked(
+            "this handle belongs to the process this one was forked from", hint="Open the job anew in this process."
+        )
+        replies = self._errands.forsake(forked)
+        for number, charge in _charges.items():
+            replies += charge.worker.forsake(forked, quiet=number in self._held)
+        abandon(replies, forked)
+
+
+_fork: _Fork | None = None
+
+
+def _before_fork() -> None:
+    global _fork  # noqa: PLW0603  # from here to the hook after it
+    _fork = _Fork()
+
+
+def _in_parent() -> None:
+    global _fork
+    fork, _fork = _fork, None
+    if fork is not None:
+        fork.end()
+
+
 def _in_child() -> None:
-    """In a forked child: the parent's workers aren't here, and its jobs are none of the child's business."""
-    global _lock  # noqa: PLW0603  # another thread of the parent may have held it
+    global _lock, _fork, _exiting  # noqa: PLW0603  # another thread of the parent may have held it
+    fork, _fork = _fork, None
     _lock = threading.RLock()
+    _exiting = False
+    if fork is not None:
+        fork.end_in_child()
     _charges.clear()
+    for act in in_child:
+        act()
 
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

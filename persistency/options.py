@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, Final
 
 from persistency.actor.bounds import Bounds, OnFull
-from persistency.arguments import as_choice, as_count, as_flag, as_limit, as_seconds
+from persistency.arguments import as_choice, as_count, as_flag, as_limit, as_seconds, as_ttl_ms
 from persistency.errors import Failure, Misuse
 from persistency.storage.port import Durability, StoreOptions
 
@@ -45,10 +45,12 @@ class JobOptions:
     requests_max: int = 8192
     on_full: OnFull = "block"
     full_timeout: float | None = 60.0
+    sync_interval: float | None = 1.0
     stall_timeout: float = 60.0
     feed_changes_max: int = 0
     inline: bool = True
     on_error: OnError | None = None
+    ttl_ms: int | None = None
 
     @property
     def bounds(self) -> Bounds:
@@ -70,31 +72,36 @@ class JobOptions:
         )
 
 
+def _as_callback(value: Any, argument: str) -> Any:
+    if value is not None and not callable(value):
+        raise Misuse(f"{argument} must be callable, not {type(value).__name__}: pass f(job_id, failures)")
+    return value
+
+
+# How each option is checked; the others are counts of at least one.
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "durability": lambda value, name: as_choice(value, name, ("process", "power")),
+    "on_full": lambda value, name: as_choice(value, name, ("block", "raise")),
+    "full_timeout": as_seconds,
+    "sync_interval": as_seconds,
+    "stall_timeout": lambda value, name: as_seconds(value, name, optional=False),
+    "max_bytes": as_limit,
+    "feed_changes_max": lambda value, name: as_count(value, name, 0),
+    "inline": as_flag,
+    "on_error": _as_callback,
+    "ttl": lambda value, _name: None if value is None else as_ttl_ms(value),
+}
+
+
 def checked(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given, each one checked. Raises `Misuse`."""
     given = {name: value for name, value in given.items() if value is not DEFAULT}
     for name, value in given.items():
-        match name:
-            case "durability":
-                as_choice(value, name, ("process", "power"))
-            case "on_full":
-                as_choice(value, name, ("block", "raise"))
-            case "full_timeout":
-                given[name] = as_seconds(value, name)
-            case "stall_timeout":
-                given[name] = as_seconds(value, name, optional=False)
-            case "max_bytes":
-                given[name] = as_limit(value, name)
-            case "feed_changes_max":
-                as_count(value, name, 0)
-            case "inline":
-                as_flag(value, name)
-            case "on_error":
-                if value is not None and not callable(value):
-                    raise Misuse(f"on_error must be callable, not {type(value).__name__}: pass f(job_id, failures)")
-            case _:
-                as_count(value, name, 1)
-    return given
+        check = _CHECKS.get(name)
+        given[name] = as_count(value, name, 1) if check is None else check(value, name)
+    ttl_ms = given.pop("ttl", None)
+    # One that isn't named is as good as none: a temporary job can be opened again without.
+    return given if ttl_ms is None else {**given, "ttl_ms": ttl_ms}
 
 
 def differing(options: JobOptions, given: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
-from persistency.errors import Overloaded
+from persistency.errors import Corrupt, Overloaded
 
 T = TypeVar("T")
 
@@ -79,5 +79,8 @@ class Pages(Generic[T]):
         if len(rows) < self._page:
             return None
         last = rows[-1][0]
+        if not (span[0] <= last and (span[1] is None or last < span[1])):
+            # Or a damaged file, whose rows are out of order, would be walked round for ever.
+            raise Corrupt("rows are out of order", hint="Restore the job from a backup.")
         # The smallest key greater than `last` is `last` and a zero byte; the stop is not included anyway.
         return (span[0], last) if self._reverse else (last + b"\0", span[1])

@@ -177,8 +177,8 @@ class Reads(Closing):
 
     @property
     def closed(self) -> bool:
-        """Whether this handle was closed."""
-        return self._closed
+        """Whether this handle was closed, or the job is over, if it was a temporary one."""
+        return self._closed or self._mailbox.has_ended
 
     def _pace(self) -> Reply[None]:
         """Return a reply that is settled when there is room for another page's request."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from persistency import lifecycle
 from persistency.actor.clock import Clock
@@ -30,19 +31,37 @@ from persistency.errors import Closed, JobLocked, Misuse, PersistencyError
 from persistency.job import Job
 from persistency.messages import name_ops
 from persistency.options import JobOptions, differing
-from persistency.storage.port import Barrier, Root
+from persistency.slots import Place, Slots
+from persistency.storage.port import Barrier, Restoring, Root, Store
+
+T = TypeVar("T")
+
+
+class Opener(NamedTuple):
+    """What a `Persistency` opens its jobs with. `forget` is called when one of its handles is closed."""
+
+    read_ms: Callable[[], int]
+    exit_timeout: float
+    slots: Slots | None
+    forget: Callable[[Job], None]
 
 
 class _Entry:
     """A job that is open, about to be, or about to be gone. `gone` is settled when the next may open it."""
 
     def __init__(
-        self, options: JobOptions, mailbox: Mailbox, worker: Worker | None, failures: FailureLog | None
+        self,
+        options: JobOptions,
+        mailbox: Mailbox,
+        worker: Worker | None,
+        failures: FailureLog | None,
+        place: Place | None = None,
     ) -> None:
         self.options = options
         self.mailbox = mailbox
         self.worker = worker
         self.failures = failures
+        self.place = place
         self.leases: set[object] = set()
         self.leaving = worker is None
         self.gone: Reply[None] = pending(mailbox, reads=False)
@@ -56,35 +75,31 @@ class Site:
         self._lock = threading.RLock()
         self._entries: dict[str, _Entry] = {}
 
-    def open(
-        self,
-        job_id: str,
-        given: dict[str, Any],
-        read_ms: Callable[[], int],
-        exit_timeout: float,
-        forget: Callable[[Job], None],
-    ) -> Generator[Reply[None], None, Job]:
-        """Open a job and return a handle with a lease of its own, which calls `forget` when it is closed.
+    def open(self, job_id: str, given: dict[str, Any], opener: Opener) -> Generator[Reply[None], None, Job]:
+        """Open a job and return a handle with a lease of its own.
 
         Yields the replies to wait for on the way.
         """
         path = self.root.path(job_id)
         lease = object()
         while True:
-            entry = self._join(job_id, given, lease, read_ms, exit_timeout)
+            entry = self._join(job_id, given, lease, opener)
             worker = entry.worker
             if worker is not None and not entry.leaving:
                 break
             yield entry.gone
         try:
             yield worker.opened
-        except BaseException:
+        except BaseException as error:
+            why = entry.place.explain() if entry.place is not None and isinstance(error, TimeoutError) else None
             self._leave(job_id, entry, lease)
+            if why is not None:
+                raise TimeoutError(why) from None
             raise
 
         def release(job: Job, drain: bool, flush: bool) -> Reply[None]:
             reply = self._release(entry, lease, job, drain=drain, flush=flush)
-            forget(job)
+            opener.forget(job)
             return reply
 
         keeps_changes = entry.options.feed_changes_max > 0
@@ -97,41 +112,48 @@ class Site:
 
         With `aside` the files are deleted in a thread of its own, because that may take a while.
         """
+        return (yield from self._alone(job_id, lambda: self.root.drop(job_id), aside=aside))
+
+    def restore(self, job_id: str, path: Path) -> Generator[Reply[Any], Any, None]:
+        """Put a backup in the place of a job that nobody here has open."""
+        if not isinstance(self.root, Restoring):
+            raise Misuse("jobs in memory can't be restored: use a directory, or import_() an export")
+        restore = self.root.restore
+        yield from self._alone(job_id, lambda: restore(job_id, path), aside=False)
+
+    def _alone(self, job_id: str, act: Callable[[], T], *, aside: bool) -> Generator[Reply[Any], Any, T]:
+        """Do something with a job that nobody has open, and that nobody can open meanwhile."""
         self.root.path(job_id)
         placeholder = _Entry(JobOptions(), Mailbox(JobOptions().bounds), None, None)
         while (entry := self._reserve(job_id, placeholder)) is not placeholder:
             if not entry.leaving:
-                raise JobLocked(
-                    f"job {job_id!r} is open through another Persistency of this process", os.getpid(),
-                    hint="Close it there first.",
-                )  # fmt: skip
+                raise JobLocked(f"job {job_id!r} is open in this process", os.getpid(), hint="Close it there first.")
             yield entry.gone
-        reply: Reply[list[Path]] = pending(placeholder.mailbox, reads=False)
+        reply: Reply[T] = pending(placeholder.mailbox, reads=False)
 
-        def remove() -> None:
+        def do() -> None:
             answer: tuple[Reply[Any], Any, BaseException | None]
             try:
-                answer = (reply, self.root.drop(job_id), None)
+                answer = (reply, act(), None)
             except BaseException as error:
                 answer = (reply, None, error)
             self._gone(job_id, placeholder)
             settle_all([answer])
 
         if aside:
-            threading.Thread(target=remove, name=f"persistency:{job_id}:drop").start()
+            threading.Thread(target=do, name=f"persistency:{job_id}:drop").start()
             yield reply
         else:
-            remove()
+            do()
         return reply.result()
 
     def _reserve(self, job_id: str, placeholder: _Entry) -> _Entry:
         with self._lock:
             return self._entries.setdefault(job_id, placeholder)
 
-    def _join(
-        self, job_id: str, given: dict[str, Any], lease: object, read_ms: Callable[[], int], exit_timeout: float
-    ) -> _Entry:
+    def _join(self, job_id: str, given: dict[str, Any], lease: object, opener: Opener) -> _Entry:
         """Take a lease on an open job, or begin to open it; an entry that is leaving is returned as it is."""
+        self.end(job_id)
         with self._lock:
             entry = self._entries.get(job_id)
             if entry is not None:
@@ -144,33 +166,64 @@ class Site:
                         )
                     entry.leases.add(lease)
                 return entry
-            fresh = self._new(job_id, JobOptions(**given), read_ms)
+            fresh = self._new(job_id, JobOptions(**given), opener)
             # A signal handler that came meanwhile may have opened the job itself.
             entry = self._entries.setdefault(job_id, fresh)
             entry.leases.add(lease)
         if entry is fresh and entry.worker is not None and entry.failures is not None:
             try:
-                lifecycle.look_after(job_id, entry.worker, entry.failures, exit_timeout)
-                lifecycle.begin(entry.worker)
+                lifecycle.look_after(job_id, entry.worker, entry.failures, opener.exit_timeout)
+                entry.worker.closed.add_done_callback(lambda _closed: self._gone(job_id, fresh))
+                if entry.place is None:
+                    lifecycle.begin(entry.worker)
+                else:
+                    entry.worker.doze()
+                    entry.mailbox.ring()
             except BaseException:
                 self._leave(job_id, entry, lease)
                 raise
         return entry
 
-    def _new(self, job_id: str, options: JobOptions, read_ms: Callable[[], int]) -> _Entry:
+    def _new(self, job_id: str, options: JobOptions, opener: Opener) -> _Entry:
         mailbox = Mailbox(options.bounds)
         failures = FailureLog(job_id, options.on_error, mailbox.never_waits)
+        # What is in memory only would be gone after a rest.
+        in_memory = self.root.path(job_id) is None
+        place = None if opener.slots is None or in_memory else opener.slots.place(mailbox)
+        clock = Clock(opener.read_ms)
+        expires_ms = None if options.ttl_ms is None else clock.look_ms() + options.ttl_ms
+
+        def open_store() -> Store:
+            now_ms = clock.look_ms()
+            if mailbox.has_ended or (expires_ms is not None and expires_ms <= now_ms):  # it rested to its end
+                raise Closed(f"job {job_id!r} was temporary, and its time is over")
+            return self.root.open(job_id, replace(options.store, now_ms=now_ms, expires_ms=expires_ms))
+
         worker = Worker(
             job_id,
             mailbox,
             failures,
-            open_store=lambda: self.root.open(job_id, options.store),
-            clock=Clock(read_ms),
+            open_store=open_store,
+            clock=clock,
             name_ops=name_ops,
             stall_timeout=options.stall_timeout,
             waiters_max=options.requests_max,
+            sync_interval=options.sync_interval,
+            slot=place,
         )
-        return _Entry(options, mailbox, worker, failures)
+        if place is not None:
+            place.worker = worker
+        return _Entry(options, mailbox, worker, failures, place)
+
+    def end(self, job_id: str) -> Reply[None] | None:
+        """Close a temporary job whose time is over; return what to wait for, or `None` if it isn't one."""
+        with self._lock:
+            entry = self._entries.get(job_id)
+            if entry is None or entry.worker is None or not entry.mailbox.has_ended:
+                return None
+            entry.leaving = True
+        entry.worker.close()
+        return entry.gone
 
     def _leave(self, job_id: str, entry: _Entry, lease: object) -> None:
         """Give up a lease on a job that didn't open, or not in time; a late opening is closed again."""
@@ -181,7 +234,7 @@ class Site:
             last = not entry.leaving and (failed or not entry.leases)
             entry.leaving = entry.leaving or last
         if last:
-            self._close(job_id, entry, drain=True)
+            self._close(entry, drain=True)
 
     def _release(self, entry: _Entry, lease: object, job: Job, *, drain: bool, flush: bool) -> Reply[None]:
         """Close a handle, and with the last one the job; with others left, `flush` what was posted until now."""
@@ -196,7 +249,7 @@ class Site:
                 entry.leaving = entry.leaving or last
         finally:
             if last:  # also if an interrupt comes here: nobody else would do it
-                closed = self._close(job.id, entry, drain=drain)
+                closed = self._close(entry, drain=drain)
         if last:
             return closed
         if entry.worker is not None:
@@ -206,11 +259,9 @@ class Site:
         except PersistencyError as error:  # the job is poisoned
             return ready(error=error)
 
-    def _close(self, job_id: str, entry: _Entry, *, drain: bool) -> Reply[None]:
+    def _close(self, entry: _Entry, *, drain: bool) -> Reply[None]:
         assert entry.worker is not None
-        closed = entry.worker.close(drain=drain)
-        closed.add_done_callback(lambda _closed: self._gone(job_id, entry))
-        return closed
+        return entry.worker.close(drain=drain)
 
     def _gone(self, job_id: str, entry: _Entry) -> None:
         with self._lock:
@@ -218,4 +269,6 @@ class Site:
                 del self._entries[job_id]
         if entry.worker is not None:
             lifecycle.forget(entry.worker)
+        if entry.place is not None:
+            entry.place.remove()
         settle_all([(entry.gone, None, None)])

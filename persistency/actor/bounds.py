@@ -19,7 +19,6 @@ from typing import Any, Literal
 from persistency.errors import Overloaded, PersistencyError
 
 OnFull = Literal["block", "raise"]
-Refusal = Callable[[], PersistencyError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ class Queue:
                 post(poster)
                 poster.bell.release()
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: Callable[[], PersistencyError]) -> None:
         """Tell all of them that there will be no room."""
         while self._posters:
             poster = self._posters.pop(0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
@@ -59,18 +59,18 @@ class Pause:
         me = get_ident()
         self._held = [one for one in list(_going) if one.thread != me and one.hold(deadline - monotonic())]
 
-    def end(self, *, forked: BaseException | None = None) -> None:
-        """Let the errands go on; in the child, where their threads aren't, they are answered with why."""
+    def end(self) -> None:
+        """Let the errands go on."""
         for one in self._held:
             one.let_go()
-        if forked is not None:
-            _abandon(list(_going), forked)
 
-
-def _abandon(errands: Iterable[_Errand], error: BaseException) -> None:
-    _going.clear()
-    for one in errands:
-        one.abandoned = error
+    def forsake(self, error: BaseException) -> list[Reply[Any]]:
+        """In the child, where their threads aren't: return the replies nobody will answer."""
+        left = list(_going)
+        _going.clear()
+        for one in left:
+            one.abandoned = error
+        return [one.reply for one in left]
 
 
 class _Errand:

@@ -12,6 +12,7 @@ Doesn't know: mailboxes, the store, what the operations mean.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -78,6 +79,9 @@ class FailureLog:
                 return
             self._teller = threading.Thread(target=self._tell, name=f"persistency:{self._job_id}:on_error", daemon=True)
             teller = self._teller
+        if sys.is_finalizing():  # A thread that is started now never runs, and whoever starts it may wait for ever.
+            self._tell()
+            return
         try:
             teller.start()
         except RuntimeError:  # The interpreter is shutting down and starts no threads any more.

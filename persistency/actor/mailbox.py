@@ -10,7 +10,7 @@ Rules:
   2. A message is wholly taken or refused; one larger than the bounds is taken whole by an empty mailbox.
   3. Where it is full a plain thread waits, first come first served; a thread that runs an event loop never does: it
      may go over the bounds by as much again, and is then refused.
-  4. Nobody sleeps while there is something to do; until a ring was answered, nobody is answered in place.
+  4. Until a ring was answered, nobody is answered in place.
   5. The turn's holder is a token of the one call that took it, so that an interrupted call gives it back.
 
 Doesn't know: what a message means, the store, files.
@@ -19,31 +19,30 @@ Doesn't know: what a message means, the store, files.
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Condition, Lock, RLock, get_ident
+from threading import Condition, get_ident
 from typing import Any
 
-from persistency.actor.bounds import Bounds, Level, Poster, Queue, Refusal, overloaded, standing
+from persistency.actor.bounds import Bounds, Level, Poster, Queue, overloaded, standing
+from persistency.actor.door import Door, Refusal
 from persistency.actor.reply import FINISHED, Reply, running_loop
 from persistency.actor.settling import cancel, pending, ready, settle_all
-from persistency.errors import Misuse, StorageError
-from persistency.storage.port import GetRow, Group
+from persistency.errors import PersistencyError, StorageError
+from persistency.storage.port import PLACES, GetRow, Group
 
 _new_reply = Reply.__new__
 
 
-class Mailbox:
+class Mailbox(Door):
     """The line in front of one job's worker."""
 
     def __init__(self, bounds: Bounds) -> None:
+        super().__init__()
         self.bounds = bounds
-        # Set by the worker; run by whoever has the turn.
+        # Run by whoever has the turn.
         self.get_in_place: Callable[[bytes, bytes], bytes | None] | None = None
         self.read_in_place: Callable[[Any], Reply[Any]] | None = None
         self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None
         self.never_waits: set[int] = set()  # threads that must not wait for room here
-        self.worker_thread: int | None = None
-        self.inside: int | None = None  # the thread that is in a caller's function now
-        self._lock = RLock()
         # Guarded by the lock: the line,
         self._messages: Group = []
         self._ops = 0
@@ -55,20 +54,12 @@ class Mailbox:
         self._open_ops = bounds.ops_max  # up to where a plain put needn't look closer
         self._bytes_max = bounds.bytes_max
         self._inline = bounds.inline
-        self._refusal: Refusal | None = None
-        self._closed = False
-        # the turn and the sleeper,
-        self._holder: object | None = None
-        self._holder_thread = 0
-        self._asleep = False
-        self._rung = False
+        # and who waits for the turn.
         self._late = 0  # posters that wait for the turn, once they have to serve themselves
         self._turn_free = Condition(self._lock)
         self._attendant: Callable[[], None] | None = None
         self._queue = Queue()
         self._drained: Reply[None] | None = None  # one for all who want to know
-        self._bell = Lock()
-        self._bell.acquire()
 
     def put(self, category: bytes | None, key: Any, payload: bytes | None, nbytes: int) -> None:
         """Post an event of one operation. Raises `Overloaded` where it is full, or what the mailbox was closed with."""
@@ -85,11 +76,6 @@ class Mailbox:
     def tell(self, message: Any, ops: int, nbytes: int) -> None:
         """Post any other event."""
         self._post((None, message, None), ops, nbytes, 0)
-
-    def check(self) -> None:
-        """Raise what the mailbox was closed with, if it was."""
-        if self._refusal is not None:
-            raise self._refusal()
 
     def ask(self, message: Any, *, reads: bool, ops: int = 0, nbytes: int = 0, free: bool = False) -> Reply[Any]:
         """Post a request and return its reply; a `free` one needs no room."""
@@ -153,9 +139,15 @@ class Mailbox:
                     self._hand_over()
         return None
 
-    def hold(self, token: object) -> bool:
-        """Take the turn alone, if nobody has it."""
+    def hold(self, token: object, patience: float = 0.0) -> bool:
+        """Take the turn alone, if nobody else keeps it for `patience` seconds."""
         with self._lock:
+            if self._holder is not None and patience > 0 and self._holder_thread != get_ident():
+                self._late += 1
+                try:
+                    self._turn_free.wait_for(lambda: self._holder is None, patience)
+                finally:
+                    self._late -= 1
             if self._holder is not None:
                 return False
             self._holder_thread = get_ident()
@@ -178,35 +170,24 @@ class Mailbox:
         if self._attendant is not None:
             self._attendant()
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Sleep until there is something to take, somebody rings, or `seconds` are over."""
-        with self._lock:
-            if (self._rung or self._messages or self._closed) and self._holder is None:
-                return
-            self._asleep = True
-        if not self._bell.acquire(timeout=-1 if seconds is None else seconds):
-            with self._lock:
-                at_last, self._rung, self._asleep = not self._asleep, True, False  # as if somebody had rung
-            if at_last:  # somebody has
-                self._bell.acquire()
+    def _stirs(self) -> bool:
+        return (self._rung or bool(self._messages) or self._closed) and self._holder is None
 
-    def ring(self) -> None:
-        """Have the worker look after something other than messages."""
+    def serve_in_place(
+        self,
+        get: Callable[[bytes, bytes], bytes | None] | None,
+        read: Callable[[Any], Reply[Any]] | None,
+        write: Callable[[Any, int], Reply[Any]] | None,
+    ) -> None:
+        """Say how whoever has the turn is answered in place; `None`: not at all."""
         with self._lock:
-            self._rung = True  # until somebody has had the turn
-            if self._asleep:
-                self._ring()
+            if self._refusal is None:
+                self.get_in_place, self.read_in_place, self.write_in_place = get, read, write
 
     def take(self, token: object, *, patience: float = 0.0) -> Group | None:
         """Take the turn and the whole line, empty or not; `None` if another keeps the turn for `patience` seconds."""
         with self._lock:
-            if self._holder is not None and patience and self._holder_thread != get_ident():
-                self._late += 1
-                try:
-                    self._turn_free.wait_for(lambda: self._holder is None, patience)
-                finally:
-                    self._late -= 1
-            if not self.hold(token):
+            if not self.hold(token, patience):
                 return None
             self._rung = False
         return self.take_more()
@@ -221,8 +202,21 @@ class Mailbox:
             settle_all([(drained, None, None)])
         return group
 
+    def forsake(self, error: PersistencyError) -> list[Reply[Any]]:
+        """In a forked child: refuse everything; return the replies that stood in line. Nobody else is here."""
+        self._lock._at_fork_reinit()  # type: ignore[attr-defined]  # a thread that isn't here may have had it
+        self.abandoned, self._refusal = error, lambda: error
+        self._open_ops = 0
+        self.get_in_place = self.read_in_place = self.write_in_place = None
+        places, self._messages = self._messages, []
+        line = zip(places[::PLACES], places[2::PLACES], strict=False)
+        replies = [reply for category, reply in line if category is None and reply is not None]
+        return replies if self._drained is None else [*replies, self._drained]
+
     def as_one(self, act: Callable[[Level], Any], *, taken: int = 0) -> Any:
         """Return what `act` makes of the level, as one step for who looks; `taken` operations never stood in line."""
+        if self.abandoned is not None:
+            raise self.abandoned
         with self._lock:
             self._taken += taken
             return act(self._level())
@@ -294,15 +288,6 @@ class Mailbox:
         if drained is not None:
             settle_all([(drained, None, None)])
         return True
-
-    def check_outside(self) -> None:
-        """Raise `Misuse` in a function that this very job runs: it would wait for itself."""
-        if self.inside == get_ident():
-            raise Misuse("a request to a job inside its own run()", hint="Use the transaction the function is given.")
-
-    def waits_for_itself(self) -> bool:
-        """Say whether the calling thread is the one that would have to answer."""
-        return get_ident() in (self.worker_thread, None if self._holder is None else self._holder_thread)
 
     def _post(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
         """Post a message, wait for room, or raise."""
@@ -384,7 +369,7 @@ class Mailbox:
                 lambda poster: self.bounds.fit(self._level(), poster.ops, poster.nbytes, poster.requests, 1),
                 lambda poster: self._append(poster.places, poster.ops, poster.nbytes, poster.requests),
             )
-        if self._refusal is None and self._attendant is None and not self._queue:
+        if self._refusal is None and self._attendant is None and self._ending is None and not self._queue:
             self._open_ops = self.bounds.ops_max
 
     def _refuse(self, refusal: Refusal) -> Reply[None] | None:
@@ -394,7 +379,3 @@ class Mailbox:
         self._queue.refuse(refusal)
         drained, self._drained = self._drained, None
         return drained
-
-    def _ring(self) -> None:
-        self._asleep = False
-        self._bell.release()

@@ -50,6 +50,10 @@ def running_loop() -> Any | None:
 class Line(Protocol):
     """Where a pending reply waits."""
 
+    @property
+    def abandoned(self) -> BaseException | None:
+        """Why nobody will answer there any more: in a forked child."""
+
     def withdraw(self, reply: Reply[Any]) -> bool:
         """Take a read that hasn't started out of the line and settle it as cancelled; return whether it was there."""
 
@@ -149,7 +153,7 @@ class Reply(Future[T]):
     def cancel(self) -> bool:
         """Take a read that hasn't started out of the mailbox. Returns whether the request is now cancelled."""
         line = self._line
-        if self._state == CANCELLED or not self._reads or line is None:
+        if self._state == CANCELLED or not self._reads or line is None or line.abandoned is not None:
             return self._state == CANCELLED
         if line.withdraw(self):
             return True
@@ -200,6 +204,7 @@ class Reply(Future[T]):
             raise Misuse(f"timeout must be a number, not {type(timeout).__name__}: pass seconds, or None")
         if timeout is not None and not timeout >= 0:
             raise Misuse(f"timeout must be 0 or more seconds, not {timeout!r}")
+        self._check_line()
         if self._line is not None and self._line.waits_for_itself():
             raise Misuse(
                 "a request's result was asked for in the thread that has to answer it",
@@ -218,6 +223,11 @@ class Reply(Future[T]):
                     self._bells = [other for other in self._bells or () if other is not bell]
                     raise TimeoutError(f"no answer within {timeout} s; the request goes on")
 
+    def _check_line(self) -> None:
+        line = self._line
+        if line is not None and line.abandoned is not None:
+            raise line.abandoned
+
     async def within(self, timeout: float | None) -> T:
         """Await the answer for at most `timeout` seconds, then raise `TimeoutError`; the request goes on."""
         if self._state == PENDING:
@@ -228,6 +238,7 @@ class Reply(Future[T]):
         loop = running_loop()
         if loop is None:
             raise Misuse("a reply is awaited outside an asyncio event loop: use reply.result()")
+        self._check_line()
         future = loop.create_future()
         with gate:
             if self._state != PENDING:

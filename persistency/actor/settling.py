@@ -65,6 +65,15 @@ def cancel(reply: Reply[Any]) -> None:
     _settle((reply,), CANCELLED)
 
 
+def abandon(replies: Iterable[Reply[Any]], error: BaseException) -> None:
+    """In a forked child: settle the parent's replies without waking anybody, for nobody waits here."""
+    gate._at_fork_reinit()  # type: ignore[attr-defined]  # as threading does with its own
+    for reply in replies:
+        for one in (reply, *(reply._followers or ())):
+            if one._state == PENDING:
+                one._exception, one._state = error, FINISHED
+
+
 def tell_if_unseen(reply: Reply[Any], error: BaseException, tell: Callable[[BaseException], None]) -> None:
     """Have `tell(error)` called if the failed reply is dropped with nobody having looked. Before it is settled."""
     reply._unseen = Unseen(error, tell)

@@ -4,7 +4,7 @@ Rules:
   1. accepted == committed + failed + pending, at every instant anybody looks.
   2. Whoever has the turn counts; everybody may look. What is accepted is counted apart from what became of it.
 
-Doesn't know: messages, the store.
+Doesn't know: messages, turns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal
+
+from persistency.storage.port import Status
 
 State = Literal["live", "idle", "stalled", "poisoned", "closed"]
 
@@ -24,7 +26,8 @@ class Statistics:
 
     `accepted`, `committed`, `failed` and `pending` count write operations; `mailbox_bytes` the keys and payloads
     waiting; `commits` transactions that wrote. `commit_ms_p50` and `commit_ms_p99` are milliseconds over the latest
-    1,024 commits (0.0 before the first). `wal_bytes` is the size of the log not yet carried over into the file.
+    1,024 commits (0.0 before the first). `wal_bytes` is the size of the log not yet carried over into the file;
+    `wal_pinned` says that another process, which reads there, keeps it from being.
     """
 
     state: State
@@ -37,6 +40,7 @@ class Statistics:
     commit_ms_p50: float
     commit_ms_p99: float
     wal_bytes: int
+    wal_pinned: bool = False
 
 
 class Tally:
@@ -62,9 +66,9 @@ class Tally:
         return _percentile(latest, 0.50), _percentile(latest, 0.99)
 
     def statistics(
-        self, accepted: int, mailbox_bytes: int, wal_bytes: int, commit_ms: tuple[float, float]
+        self, accepted: int, mailbox_bytes: int, status: Status | None, commit_ms: tuple[float, float]
     ) -> Statistics:
-        """Return the numbers as they are now."""
+        """Return the numbers as they are now; `status` is the store's, if it is open."""
         return Statistics(
             state=self.state,
             accepted=accepted,
@@ -75,7 +79,8 @@ class Tally:
             commits=self.commits,
             commit_ms_p50=commit_ms[0],
             commit_ms_p99=commit_ms[1],
-            wal_bytes=wal_bytes,
+            wal_bytes=0 if status is None else status.wal_bytes,
+            wal_pinned=status is not None and status.wal_pinned,
         )
 
 

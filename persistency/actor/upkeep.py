@@ -1,11 +1,13 @@
-"""Upkeep: what a job does for itself between turns. It carries its log over and reaps the rows that have ended.
+"""Upkeep: what a job does for itself between turns. It syncs what was committed, carries its log over, and reaps the
+rows that have ended.
 
 Rules:
   1. Each step is a turn of its own, so that nobody's answer waits for more than one.
-  2. A slice of reaping takes `REAP_ROWS_MAX` rows at the most, and begins only while nobody waits for the job; under a
+  2. What was committed is on the medium within `sync_interval`; so much a power cut can take.
+  3. A slice of reaping takes `REAP_ROWS_MAX` rows at the most, and begins only while nobody waits for the job; under a
      steady trickle one slice a second begins all the same.
-  3. A job sleeps until its next row ends; one without such rows until somebody comes.
-  4. What goes wrong here harms nobody: it is tried again later. Only what poisons a job is passed on.
+  4. A job sleeps until the next of these is due; one that has nothing of the kind until somebody comes.
+  5. What goes wrong here harms nobody: it is tried again later. Only what poisons a job is passed on.
 
 Doesn't know: what waits in the mailbox, replies, SQL.
 """
@@ -16,10 +18,13 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
+from persistency.actor.accounts import Answer
 from persistency.actor.clock import Clock
 from persistency.actor.mailbox import Mailbox
+from persistency.actor.settling import settle_all
+from persistency.actor.turns import Harm, Turns
 from persistency.errors import Corrupt, StorageError
-from persistency.storage.port import Checkpointing, OutcomeUnknown, Store
+from persistency.storage.port import Barrier, Checkpointing, OutcomeUnknown, Store
 
 log = logging.getLogger("persistency")
 
@@ -27,26 +32,26 @@ REAP_ROWS_MAX = 1_000
 REAP_SECONDS = 1.0  # between slices while the mailbox has work, or after one that failed
 # A system's clock may be set anew while a job sleeps; so long it may sleep on by the old one.
 SLEEP_SECONDS_MAX = 300.0
-
-
-class Harm(Exception):
-    """What poisons a job. `cause` is why, `outcome` what became of the group in hand."""
-
-    def __init__(self, cause: BaseException, outcome: str = "not applied") -> None:
-        super().__init__(cause, outcome)
-        self.cause = cause
-        self.outcome = outcome
+RETRY_SECONDS = 1.0  # after a sync or a checkpoint that failed
+FOLD_SECONDS = 5.0  # without a write, and the log is cut off
 
 
 class Upkeep:
-    """The upkeep of one open store."""
+    """The upkeep of one open store. `sync_interval` is in seconds; `None`: syncing is left to whoever asks for it."""
 
-    def __init__(self, job_id: str, store: Store, mailbox: Mailbox, clock: Clock) -> None:
+    def __init__(
+        self, job_id: str, store: Store, mailbox: Mailbox, clock: Clock, sync_interval: float | None = None
+    ) -> None:
         self._job_id = job_id
         self._store = store
-        self._checkpointing = store if isinstance(store, Checkpointing) else None
+        self._log = store if isinstance(store, Checkpointing) else None
         self._mailbox = mailbox
         self._clock = clock
+        self._sync_interval = sync_interval
+        self._sync_at: float | None = None  # when what was committed has to be synced
+        self._carry_at = 0.0  # not before, after one that failed
+        self._fold_at: float | None = None  # when the log is to be cut off, if nothing is written until then
+        self._version = 0  # of the last write seen
         self._reap_at = 0.0  # not before, while there is work
         self._failed = False
         self._planned_ms: int | None = None
@@ -54,6 +59,14 @@ class Upkeep:
 
     def pause(self) -> float | None:
         """Return how many seconds the worker may sleep; `None`: until somebody comes."""
+        self._look()
+        times = [at for at in (self._sync_at, self._fold_at, self._carry_at or None) if at is not None]
+        pauses = [max(0.0, min(times) - monotonic())] if times else []
+        if (rows := self._pause_for_rows()) is not None:
+            pauses.append(rows)
+        return min(pauses, default=None)
+
+    def _pause_for_rows(self) -> float | None:
         # In this order: whoever writes meanwhile finds no plan, and rings.
         self._planned_ms = None
         self._planned_ms = ends_ms = self._store.next_expiry_ms
@@ -69,38 +82,102 @@ class Upkeep:
         return seconds
 
     def is_planned(self) -> bool:
-        """Say whether the worker will wake in time for the next row that ends."""
+        """Say whether the worker will wake in time for the next row that ends, and for what is to be synced."""
+        if self._log is not None and self._sync_at is None and self._fold_at is None and self._log.unsynced:
+            return False
         ends_ms = self._store.next_expiry_ms
         if ends_ms is None:
             return True
         return self._planned_ms is not None and self._planned_ms <= ends_ms and ends_ms > self._clock.look_ms()
 
+    def look_after(self, turns: Turns, *, reaps: bool) -> None:
+        """Do all that is due: in turns of their own, because nobody's answer should wait for it."""
+        while (step := self.next_step(reaps=reaps)) is not None:
+            token = object()
+            try:
+                if not self._mailbox.hold(token):
+                    return
+                answers = self.do(step, turns) + turns.tell_waiters()
+            finally:
+                self._mailbox.give_back(token)
+            settle_all(answers)
+            if turns.poisoned:
+                return
+
+    def do(self, step: Callable[[], None], turns: Turns) -> list[Answer]:
+        """Take one step, for who has the turn; return what is to be answered."""
+        try:
+            step()
+        except Harm as harm:
+            return turns.poison(harm.cause, harm.outcome, [])
+        return []
+
     def next_step(self, *, reaps: bool) -> Callable[[], None] | None:
         """Return what should be done now, in a turn of its own."""
         idle = self._mailbox.idle
-        if self._checkpointing is not None and self._checkpointing.checkpoint_due(idle=idle):
-            return self.checkpoint
+        if self._log is not None:
+            self._look()
+            now = monotonic()
+            if now >= self._carry_at and self._log.checkpoint_due(idle=idle):
+                return self.checkpoint
+            if self._sync_at is not None and now >= self._sync_at:
+                return self._sync
+            if idle and self._fold_at is not None and now >= self._fold_at:
+                return self._fold
         return self._reap if reaps and self._may_reap(idle=idle) else None
 
     def checkpoint_due(self) -> bool:
         """Say whether the log should be carried over, if nobody waits."""
-        return self._checkpointing is not None and self._checkpointing.checkpoint_due(idle=True)
+        return self._log is not None and self._log.checkpoint_due(idle=True) and monotonic() >= self._carry_at
 
     def settle(self) -> None:
         """Leave the store as a clean close would."""
-        if self._checkpointing is not None:
-            self._checkpointing.settle()
+        if self._log is not None:
+            self._log.settle()
 
     def checkpoint(self) -> None:
         """Carry the log over. Raises `Harm`."""
-        assert self._checkpointing is not None
+        assert self._log is not None
+        self._carry_at = monotonic() + RETRY_SECONDS
+        if self._tried(self._log.checkpoint):
+            self._carry_at = 0.0
+
+    def _look(self) -> None:
+        """See whether something was written since the last time, and when what follows from it is due."""
+        if self._log is None:
+            return
+        if self._carry_at and not self._log.checkpoint_due(idle=True):
+            self._carry_at = 0.0
+        if not self._log.unsynced:
+            self._sync_at = None
+        elif self._sync_at is None and self._sync_interval is not None:
+            self._sync_at = monotonic() + self._sync_interval
+        version = self._store.status().last_version
+        if version != self._version:
+            self._version = version
+            self._fold_at = monotonic() + FOLD_SECONDS
+
+    def _sync(self) -> None:
+        self._sync_at = monotonic() + RETRY_SECONDS
+        self._tried(lambda: self._store.apply([None, Barrier(sync=True), None], self._clock.now_ms()))
+
+    def _fold(self) -> None:
+        assert self._log is not None
+        self._fold_at = None  # what couldn't be cut off is, after the next write or at the end
+        self._tried(self._log.fold)
+
+    def _tried(self, act: Callable[[], object]) -> bool:
         try:
-            self._checkpointing.checkpoint()
+            act()
+            return True
         except OutcomeUnknown as error:
             raise Harm(error.__cause__ or error) from error
+        except Corrupt as error:
+            raise Harm(error) from error
         except StorageError as error:
-            # Nothing is lost by it: the log only grows on until a later one gets through.
+            # Nothing is lost by it: it is tried again, and until then the log grows on.
             log.warning("job %r: %s", self._job_id, error)
+            return False
 
     def _may_reap(self, *, idle: bool) -> bool:
         ends_ms = self._store.next_expiry_ms

@@ -32,6 +32,7 @@ class Waiters:
         self._lock = threading.RLock()  # a signal handler may cancel too
         self._parked: dict[Reply[Any], ListChanges] = {}
         self._refusal: BaseException | None = None
+        self.abandoned: BaseException | None = None
 
     def __bool__(self) -> bool:
         return bool(self._parked)
@@ -76,6 +77,11 @@ class Waiters:
             self._refusal = error
             parked, self._parked = self._parked, {}
         return [(reply, None, error) for reply in parked]
+
+    def forsake(self, error: BaseException) -> list[Reply[Any]]:
+        """In a forked child: have nobody answered any more; return the replies that were parked."""
+        self.abandoned = error
+        return list(self._parked)
 
     def leave(self, origin: Any, error: BaseException) -> None:
         """Tell those who asked through one handle that it is closed."""

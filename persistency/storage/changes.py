@@ -18,6 +18,7 @@ Doesn't know: what is asked for, transactions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, get_args
 
 import apsw
@@ -51,7 +52,7 @@ class Changes:
 
     def __init__(self, connection: apsw.Connection, execute: Callable[..., Any], keep: int, dropped: int) -> None:
         self.dropped = dropped
-        self.count = int(execute("SELECT count(*) FROM changes").fetchone()[0])
+        self.count = int(execute("SELECT count(*) FROM changes").fetchall()[0][0])
         self._execute = execute
         self._changed = connection.changes
         self._keep = keep
@@ -94,7 +95,11 @@ class Changes:
         if message.after < dropped:
             oldest = self._execute(_OLDEST, (dropped,)).fetchone()[0]
             return Failed(FeedTruncated(dropped + 1 if oldest is None else int(oldest)))
-        return [_as_change(*row) for row in self._execute(_LIST, (message.after, message.limit))]
+        changes = [_as_change(*row) for row in self._execute(_LIST, (message.after, message.limit))]
+        versions = [message.after, *(change.version for change in changes)]
+        if any(later <= earlier for earlier, later in pairwise(versions)):
+            raise Corrupt("the changes are out of order", hint="Restore the job from a backup.")
+        return changes
 
     def _no_longer_kept(self) -> int:
         """Return the highest version that is, or is about to be, dropped."""

@@ -10,13 +10,18 @@ Doesn't know: threads, futures, rows.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 
-from persistency.errors import Unavailable
-from persistency.storage import files, schema
+import apsw
+
+from persistency.errors import Misuse, Unavailable
+from persistency.storage import copying, files, schema, strangers
 from persistency.storage.port import StoredJob, StoreOptions
 from persistency.storage.sqlite import SqliteStore
+
+log = logging.getLogger("persistency.storage")
 
 
 class DirectoryRoot:
@@ -38,11 +43,9 @@ class DirectoryRoot:
         try:
             if not files.clear_leftovers(path):
                 self._adopt(job_id, path)
-            files.prepare(path)
-            connection = schema.connect(path, options.durability, self._vfs)
+            connection = self._connect(job_id, path, claim, options)
             try:
-                schema.check_job_id(connection, job_id, path)
-                return SqliteStore(connection, options, claim.release)
+                return SqliteStore(connection, options, path, claim, self._vfs)
             except BaseException:
                 schema.close(connection)
                 raise
@@ -53,6 +56,35 @@ class DirectoryRoot:
             claim.release()
             raise
 
+    def _connect(self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions) -> apsw.Connection:
+        """Return a connection to the job's file; to a fresh one, if the job has ended."""
+        if not files.size(path):
+            if files.size(path) == 0:
+                claim.check(0)
+            elif claim.record.version:  # whoever removes a job's file means it
+                log.warning("job %r: its file, which was there, is gone; it begins anew", job_id)
+                claim.note(0, options.now_ms, None)
+        files.prepare(path)
+        connection = schema.connect(path, options.durability, self._vfs)
+        try:
+            schema.check_job_id(connection, job_id, path)
+            stored = schema.read_meta(connection)
+            ends_ms = stored.get(schema.ENDS)
+            if ends_ms is None or options.now_ms < ends_ms:
+                if options.expires_ms is not None:
+                    if ends_ms is None and stored["last_version"]:
+                        raise Misuse(f"job {job_id!r} is there for good: leave ttl out, or drop the job first")
+                    connection.execute(schema.NOTE, (schema.ENDS, options.expires_ms))
+                return connection
+            schema.own_log(connection)
+        except BaseException:
+            schema.close(connection)
+            raise
+        schema.close(connection)
+        files.remove(path, lock=False)
+        claim.note(0, options.now_ms, None)
+        return self._connect(job_id, path, claim, options)
+
     def _adopt(self, job_id: str, path: Path) -> None:
         """Take over a file of the Nim original, which was named by the id as it stands."""
         plain = self._original(job_id)
@@ -60,7 +92,7 @@ class DirectoryRoot:
             return
         for beside in files.sidecars(plain):
             files.check_regular(beside)
-        if files.check_regular(plain) and schema.is_format_1(plain, self._vfs):
+        if files.check_regular(plain) and strangers.is_format_1(plain, self._vfs):
             plain.rename(path)
             files.sync_directory(self.directory)
 
@@ -88,10 +120,31 @@ class DirectoryRoot:
             job_id = files.job_id_of(name)
             path = self.directory / name
             if job_id is not None and (size := files.size(path)) is not None:
-                jobs.append(
-                    StoredJob(job_id, path, size + sum(files.size(beside) or 0 for beside in files.sidecars(path)))
-                )
+                record = files.read_record(path.with_suffix(".lock"))
+                total = size + sum(files.size(beside) or 0 for beside in files.sidecars(path))
+                jobs.append(StoredJob(job_id, path, total, _seconds(record.used_ms), _seconds(record.expires_ms)))
         return sorted(jobs)
+
+    def restore(self, job_id: str, path: Path) -> None:
+        """Put a backup in the place of a job.
+
+        Raises `JobLocked` if another process owns it, and what `copying.restore` does.
+        """
+        target = self.path(job_id)
+        files.make_root(self.directory)
+        claim = files.Claim(target)
+        try:
+            if not files.clear_leftovers(target):
+                self._adopt(job_id, target)  # else it would be taken for the job at the next opening
+            known = claim.record
+            claim.note(0, known.used_ms or 0, None)  # what was known is of what was there before
+            try:
+                copying.restore(path, target, job_id, vfs=self._vfs)
+            except BaseException:
+                claim.note(known.version, known.used_ms or 0, known.expires_ms)
+                raise
+        finally:
+            claim.release()
 
     def drop(self, job_id: str) -> list[Path]:
         """Delete a job's files; return those removed.
@@ -109,7 +162,12 @@ class DirectoryRoot:
                 self._adopt(job_id, path)  # else it would be taken for the job at the next opening
             for file in (path, *files.sidecars(path)):
                 files.check_regular(file)
-            schema.check_ours(path, job_id, self._vfs)
+            strangers.check_ours(path, job_id, self._vfs)
+            copying.clear_attempts(path)
             return files.remove(path)
         finally:
             claim.release()
+
+
+def _seconds(ms: int | None) -> float | None:
+    return None if ms is None else ms / 1000

@@ -1,13 +1,15 @@
 """A job's files: names that can't escape, modes whatever the umask, links refused, one owner at a time.
 
 For a job id there are, side by side in the root, `<name>.db`, SQLite's own `<name>.db-wal`, `-shm` and `-journal`,
-and `<name>.lock`, which carries the owner's OS lock and process id.
+and `<name>.lock`, which carries the owner's OS lock and a record: its process id, the last version known to be on the
+medium, when the job was last used, and when it ends.
 
 Rules:
   1. `<name>` keeps `[a-z0-9_-]` and inner dots; every other byte of the id's UTF-8 is `%XX`. So two ids never
      meet in one file, also where names ignore case; a name that some systems reserve gets its first byte escaped.
   2. The lock is a file of its own: closing any descriptor of a database file drops SQLite's POSIX locks.
-  3. Nothing that isn't a regular file with one name is ever opened, and nothing of a job's is opened by `open()`
+  3. The lock file also says what was on the medium when it was last looked: less than that is a loss, and is told.
+  4. Nothing that isn't a regular file with one name is ever opened, and nothing of a job's is opened by `open()`
      while a connection may be using it.
 
 Doesn't know: SQL, threads, what is in the files.
@@ -20,18 +22,28 @@ import errno
 import fcntl
 import os
 import stat
+import weakref
 from pathlib import Path
+from time import time_ns
+from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
+from zlib import crc32
 
 from persistency.errors import Corrupt, JobLocked, Misuse, Unavailable
 
 FILE_NAME_BYTES_MAX = 200
 SIDECARS = ("-wal", "-shm", "-journal")
+_RECORD_BYTES_MAX = 128
+_TICK_NS = 100_000_000
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
 _RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in "0123456789")]
 )
+
+
+# In a forked child these are the parent's, and stay so however long the child lives.
+_claims: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 
 def file_name(job_id: str) -> str:
@@ -90,11 +102,14 @@ def make_root(path: Path) -> None:
     """Create the root directory with mode 0700, and what is missing above it; leave an existing one alone."""
     if path.is_dir():
         return
+    missing = [place for place in (path, *path.parents) if not place.is_dir()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
             path.chmod(0o700)  # the umask may have taken bits away
+        for made in missing:
+            sync_directory(made.parent)
     except OSError as error:
         raise Unavailable(f"can't create the root {str(path)!r}: {error}") from error
 
@@ -133,13 +148,15 @@ def size(path: Path) -> int | None:
 def clear_leftovers(path: Path) -> bool:
     """Return whether the database file is there; if not, clear away what SQLite would take for a part of a new one."""
     left = [beside for beside in sidecars(path) if check_regular(beside)]
-    if check_regular(path):
-        return True
-    if any(beside.stat().st_size for beside in left if beside.name.endswith("-wal")):
+    there = check_regular(path)
+    # SQLite would clear the log of an empty file away.
+    if not size(path) and any(beside.stat().st_size for beside in left if beside.name.endswith("-wal")):
         raise Corrupt(
-            f"{str(path)!r} is gone, but its write-ahead log is still there",
+            f"{str(path)!r} is {'empty' if there else 'gone'}, but its write-ahead log is still there",
             hint="Bring the file back, or clear the rest away with drop_job(job_id).",
         )
+    if there:
+        return True
     for beside in left:
         beside.unlink()
     return False
@@ -170,12 +187,102 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+class Watch:
+    """Sees when a job's database or log is no longer what is found under its name."""
+
+    def __init__(self, database: Path) -> None:
+        self._directory = str(database.parent)
+        self._found = {str(path): _identity(path) for path in (database, sidecars(database)[0])}
+        self._changed_ns = -1  # the directory's, when it was last looked through
+
+    def check(self) -> None:
+        """Raise `Corrupt` if one of the files was removed, renamed or replaced."""
+        try:
+            changed_ns = os.stat(self._directory).st_mtime_ns
+        except OSError:
+            changed_ns = -1
+        if changed_ns == self._changed_ns != -1:
+            return  # nothing was, in there: looking at the directory is half the price
+        for path, found in self._found.items():
+            if _identity(path) != found:
+                raise Corrupt(
+                    f"{path!r} was removed, renamed or replaced while it was open",
+                    hint="What was written since is lost; restore the job from a backup, or open what is there now.",
+                )
+        # Two changes within one tick of the file system's clock look like one: only an old enough one is trusted.
+        self._changed_ns = changed_ns if time_ns() - changed_ns > _TICK_NS else -1
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+class Record(NamedTuple):
+    """What a job's lock file says: who has or had the job, and what it was when it was last written to.
+
+    `version` is one that was on the medium; `used_ms` when the job was last used, `expires_ms` when it ends.
+    """
+
+    pid: int | None = None
+    version: int = 0
+    used_ms: int | None = None
+    expires_ms: int | None = None
+
+
+def read_record(lock: Path) -> Record:
+    """Return what a lock file says, as far as it can be read."""
+    try:
+        handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return Record()
+    try:
+        return _parse(os.pread(handle, _RECORD_BYTES_MAX, 0))
+    except OSError:
+        return Record()
+    finally:
+        os.close(handle)
+
+
+def _parse(data: bytes) -> Record:
+    first, *lines = data.strip(b" \0").split(b"\n")
+    values = {"pid": first}
+    for line in lines:
+        name, _, value = line.partition(b" ")
+        values[name.decode("ascii", "replace")] = value
+    numbers = {name: int(values[name]) for name in Record._fields if values.get(name, b"").isdigit()}
+    found = Record(**numbers)
+    # What was torn, or damaged, must not be taken for a loss: only who has the job may be read from it.
+    return found if _written(found).strip() == data.strip(b" \0\n") else Record(found.pid)
+
+
+def _written(record: Record) -> bytes:
+    lines = [f"{name} {value}\n" for name, value in record._asdict().items() if value is not None]
+    # The process id stands alone in the first line, for whoever looks with other tools.
+    data = "".join(lines).removeprefix("pid ").encode()
+    return (data + b"crc %d\n" % crc32(data)).ljust(_RECORD_BYTES_MAX)
+
+
 class Claim:
-    """The ownership of one job by this process: an exclusive OS lock on a file of its own, held until `release`."""
+    """The ownership of one job by this process: an exclusive OS lock on a file of its own, held until `release`.
+
+    `record` is what the file said before.
+    """
 
     def __init__(self, database: Path) -> None:
         self.path = database.with_suffix(".lock")
+        self.record = Record()
         self._handle = self._take()
+        _claims.add(self)
+
+    def note(self, version: int, used_ms: int, expires_ms: int | None) -> None:
+        """Write down what was on the medium, and when. A full disk is no reason to fail: it is a note."""
+        self.record = Record(os.getpid(), version, used_ms, expires_ms)
+        with contextlib.suppress(OSError):
+            os.pwrite(self._handle, _written(self.record), 0)
 
     def _take(self) -> int:
         while True:
@@ -189,11 +296,12 @@ class Claim:
                 # Whoever dropped the job has unlinked the file we opened: the name now means another one.
                 if self._still_named(handle):
                     os.fchmod(handle, 0o600)
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, b"%d\n" % os.getpid(), 0)
+                    self.record = _parse(os.pread(handle, _RECORD_BYTES_MAX, 0))
+                    with contextlib.suppress(OSError):  # a full disk
+                        os.pwrite(handle, _written(self.record._replace(pid=os.getpid())), 0)
                     return handle
             except OSError as error:
-                owner = _read_pid(handle)
+                owner = read_record(self.path).pid
                 os.close(handle)
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise Unavailable(f"can't lock {str(self.path)!r}: {error}") from error
@@ -208,27 +316,32 @@ class Claim:
         except FileNotFoundError:
             return False
 
+    def check(self, version: int) -> None:
+        """Hold a file's last version against one that was on the medium. Raises `Corrupt` if it is less."""
+        known = self.record.version
+        if version < known:
+            raise Corrupt(
+                f"{str(self.path.with_suffix('.db'))!r} has lost writes: it ends with version {version}, "
+                f"and {known} was on the medium",
+                hint="Was its log removed, or an older copy put in its place? Restore a backup; or, to go on with what "
+                f"is there, delete {self.path.name!r}.",
+            )
+
     def release(self) -> None:
         """Give the job up; a second call is nothing."""
         if self._handle >= 0:
             handle, self._handle = self._handle, -1
+            _claims.discard(self)
             os.close(handle)
 
 
-def _read_pid(handle: int) -> int | None:
-    try:
-        return int(os.pread(handle, 32, 0))
-    except (OSError, ValueError):
-        return None
-
-
-def remove(path: Path) -> list[Path]:
-    """Delete a job's files; return those that were there. The caller owns the job's `Claim`.
+def remove(path: Path, *, lock: bool = True) -> list[Path]:
+    """Delete a job's files, without `lock` all but that; return those that were there. The caller owns the `Claim`.
 
     The database goes first: from then on the job is gone, whatever happens to the rest.
     """
     removed = []
-    for file in (path, *sidecars(path), path.with_suffix(".lock")):
+    for file in (path, *sidecars(path), *([path.with_suffix(".lock")] if lock else [])):
         try:
             file.unlink()
         except FileNotFoundError:
@@ -237,3 +350,12 @@ def remove(path: Path) -> list[Path]:
             raise Unavailable(f"can't delete {str(file)!r}: {error}") from error
         removed.append(file)
     return removed
+
+
+def _in_child() -> None:
+    for claim in list(_claims):
+        claim.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -80,6 +80,10 @@ class Groups:
             Barrier: lambda _message: None,
         }
 
+    def learn(self, answers: dict[type, Callable[[Any], Any]]) -> None:
+        """Take in how some more kinds of messages are answered."""
+        self._answers |= answers
+
     def knows(self, kind: type) -> bool:
         """Say whether there are messages of a kind."""
         return kind in self._answers
@@ -293,6 +297,19 @@ def _adds(message: Any) -> int:
             return 2**63  # nobody knows before it was run
         case _:
             return 0
+
+
+def intent(group: Group) -> tuple[bool, bool, list[Barrier]]:
+    """Return whether a group writes, whether it has a barrier that wants the medium, and those that want more."""
+    categories = group[::PLACES]
+    if None not in categories:
+        return bool(group), False, []
+    messages = [group[at + 1] for at in range(0, len(group), PLACES) if group[at] is None]
+    kinds = {type(message) for message in messages}
+    writes = len(messages) < len(categories) or bool(kinds - READS - {Barrier})
+    barriers = [message for message in messages if type(message) is Barrier] if Barrier in kinds else []
+    sync = any(barrier.sync for barrier in barriers)
+    return writes, sync, [barrier for barrier in barriers if barrier.fold or barrier.rebuild]
 
 
 assert PLACES == 3, "a put's places are written out in this module"

@@ -11,7 +11,7 @@ Doesn't know: files, SQL, threads, futures, clocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,16 @@ from persistency.storage.memory_rows import Accounts, AccountsMark, Row, Rows, T
 from persistency.storage.port import (
     PLACES,
     READS,
+    BackUp,
     Barrier,
     Batch,
+    CheckUp,
     DropRange,
     DropRow,
     Expect,
+    Extent,
     Failed,
+    GiveBack,
     Group,
     LastVersion,
     ListChanges,
@@ -70,6 +74,7 @@ class MemoryStore:
 
     def __init__(self, options: StoreOptions) -> None:
         self.options = options
+        self.expires_ms = options.expires_ms
         self.next_expiry_ms: int | None = None
         self._table = Table()
         self._version = 0
@@ -92,6 +97,10 @@ class MemoryStore:
             ListChanges: self._list_changes,
             LastVersion: lambda _message: self._version,
             Barrier: lambda _message: None,
+            Extent: lambda _message: 0,
+            GiveBack: lambda _message: 0,
+            CheckUp: lambda _message: _check(),
+            BackUp: lambda _message: Failed(Misuse("this job is in memory: it has no file", hint="Use export(file).")),
         }
 
     # -- the port ------------------------------------------------------------------------------------------------
@@ -128,6 +137,9 @@ class MemoryStore:
         """Forget everything."""
         self._table.categories.clear()
         self._accounts = Accounts(self._table, self.options)
+
+    def disown(self, *, quiet: bool) -> None:
+        """Do nothing: the child has a copy of its own, and nobody looks at it."""
 
     # -- transactions --------------------------------------------------------------------------------------------
 
@@ -350,6 +362,12 @@ class MemoryStore:
         if self._accounts.changes is None:
             return Failed(Misuse("this job keeps no changes", hint="Open it with feed_changes_max."))
         return self._accounts.changes.since(message.after, message.limit)
+
+
+def _check() -> Generator[tuple[int, int | None], None, list[str]]:
+    """Find nothing: what is in memory is what was put there."""
+    yield 0, 0
+    return []
 
 
 class MemoryRoot:

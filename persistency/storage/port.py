@@ -91,6 +91,7 @@ __all__ = [
     "ListEntries",
     "OutcomeUnknown",
     "Reap",
+    "Restoring",
     "Root",
     "Run",
     "ScanRange",
@@ -119,12 +120,15 @@ class StoreOptions:
     """What a job's store is opened with.
 
     `max_bytes` bounds the payloads of all live rows together (`None`: no bound); `feed_changes_max` is how many
-    changes are kept (0: none).
+    changes are kept (0: none). `now_ms` is when it is opened; a job that has ended by then starts empty. `expires_ms`
+    is when this one ends (`None`: as it was, and a new one never does).
     """
 
     durability: Durability = "process"
     max_bytes: int | None = None
     feed_changes_max: int = 0
+    now_ms: int = 0
+    expires_ms: int | None = None
 
 
 class OutcomeUnknown(Exception):
@@ -134,21 +138,29 @@ class OutcomeUnknown(Exception):
 class Status(NamedTuple):
     """Numbers about a store.
 
-    Its last version, the size of its write-ahead log in bytes, and the latest time it was told (that of earlier
-    openings too, where rows have an end): a job's time never goes back behind it.
+    Its last version, the size of its write-ahead log in bytes, the latest time it was told (that of earlier
+    openings too, where rows have an end): a job's time never goes back behind it; and whether somebody else, who
+    reads there, keeps the log from being carried over.
     """
 
     last_version: int
     wal_bytes: int
     latest_ms: int = 0
+    wal_pinned: bool = False
 
 
 class StoredJob(NamedTuple):
-    """A job as it lies in its root, open or not: `path` its file, `bytes` the size of all its files."""
+    """A job as it lies in its root, open or not: `path` its file, `bytes` the size of all its files.
+
+    `last_used` is when it was last written to or closed, `expires` when it ends, both in Unix seconds; `None`: nobody
+    knows, and never.
+    """
 
     job_id: str
     path: Path
     bytes: int
+    last_used: float | None = None
+    expires: float | None = None
 
 
 class Store(Protocol):
@@ -156,6 +168,9 @@ class Store(Protocol):
 
     reads_in_place: bool
     """Whether a read is cheap enough to be run by its caller (a network round trip is not)."""
+
+    expires_ms: int | None
+    """When the job itself ends (`None`: never)."""
 
     @property
     def next_expiry_ms(self) -> int | None:
@@ -182,16 +197,29 @@ class Store(Protocol):
     def close(self, *, tidy: bool = True) -> None:
         """Give up everything that is held; nothing is called afterwards. Not `tidy`: without writing anything more."""
 
+    def disown(self, *, quiet: bool) -> None:
+        """In a forked child: change nothing that is the parent's; what is still called here fails with `Forked`.
+
+        `quiet` says that nobody was using the store when the process was forked.
+        """
+
 
 @runtime_checkable
 class Checkpointing(Protocol):
     """A store whose log wants to be carried over into its file now and then, between groups."""
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether something was committed that isn't on the medium yet. Any thread may look."""
 
     def checkpoint_due(self, *, idle: bool) -> bool:
         """Say whether `checkpoint` should be called now; `idle`: nobody is waiting. Any thread may ask."""
 
     def checkpoint(self) -> None:
         """Carry the log over."""
+
+    def fold(self) -> None:
+        """Carry all of the log over and cut it off, as far as nobody else reads there."""
 
     def settle(self) -> None:
         """Leave the file as a clean close would, without closing it."""
@@ -211,3 +239,11 @@ class Root(Protocol):
 
     def drop(self, job_id: str) -> list[Path]:
         """Delete a job nobody has open; return the files removed. One that never existed is fine."""
+
+
+@runtime_checkable
+class Restoring(Protocol):
+    """A root that can put a backup in the place of a job."""
+
+    def restore(self, job_id: str, path: Path) -> None:
+        """Make a job nobody has open of the file at `path`: in whole, or not at all."""

@@ -5,8 +5,11 @@ Format 2 (`PRAGMA user_version`), readable by any SQLite tool:
     kv       one row per key: category, key, payload, version of its last write, expires_ms or NULL
     meta     by name: job_id (the true id), last_version, clean (1: closed in order), syncs (a counter that
              a sync barrier changes, because an unchanged page would not be written); latest_ms where rows have an end,
-             used_bytes and used_ms where there is a quota, changes_dropped where there is a change log
+             used_bytes and used_ms where there is a quota, changes_dropped where there is a change log, expires_ms
+             where the job itself has an end
     changes  where a job was opened to keep its changes: one row for each, by version
+
+A new file is made with `PRAGMA auto_vacuum = incremental`; one that was made without it stays so until it is rebuilt.
 
 Format 1 is the Nim original's: kv without version and expires_ms, no meta. It is migrated in place.
 
@@ -21,24 +24,28 @@ Doesn't know: groups, versions beyond the stored number, threads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shutil
+import tempfile
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import apsw
 
-from persistency.errors import Corrupt, DiskFull, SchemaTooNew, StorageError, Unavailable
+from persistency.errors import Corrupt, DiskFull, Forked, SchemaTooNew, StorageError, Unavailable
 from persistency.storage.files import size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
+from persistency.storage.wal import BUSY_MS
 
 log = logging.getLogger("persistency.storage")
 
 FORMAT = 2
 PAGE_BYTES = 4096
-BUSY_MS = 5000
+SYNCHRONOUS = {"process": "normal", "power": "full"}
 TIME_MS_MAX = 10**15  # a job's clock says no more
 _NUMBER_MAX = 2**62
 _VFS = "win32" if os.name == "nt" else "unix"  # named: a loaded extension may have changed the process' default
@@ -63,8 +70,9 @@ CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category 
 """
 _NUMBERS = (
     "SELECT name, value FROM meta WHERE typeof(value) = 'integer' AND name IN"
-    " ('last_version', 'clean', 'latest_ms', 'used_bytes', 'used_ms', 'changes_dropped')"
+    " ('last_version', 'clean', 'latest_ms', 'used_bytes', 'used_ms', 'changes_dropped', 'expires_ms')"
 )
+ENDS = "expires_ms"  # the job's own end
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
@@ -114,6 +122,7 @@ _LIMITS = (
 
 _FULL = (apsw.FullError,)
 _CORRUPT = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
+_CORRUPT_CODES = (apsw.SQLITE_IOERR_DATA, apsw.SQLITE_IOERR_CORRUPTFS)
 _UNAVAILABLE = (apsw.BusyError, apsw.LockedError, apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError)
 
 
@@ -121,16 +130,18 @@ def translated(error: Exception, doing: str) -> StorageError:
     """Return our error for one of SQLite's, with it as the cause."""
     code = getattr(error, "extendedresult", 0)
     kind: type[StorageError] = StorageError
+    if _disowned and isinstance(error, apsw.AuthError):
+        raise Forked("this process was forked in the middle of a transaction", hint="Let the parent end it.") from error
+    strange = isinstance(error, apsw.SQLError) and "unsupported file format" in str(error)
     if isinstance(error, _FULL):
         kind = DiskFull
-    elif isinstance(error, (*_CORRUPT, UnicodeDecodeError)) or code in (
-        apsw.SQLITE_IOERR_DATA,
-        apsw.SQLITE_IOERR_CORRUPTFS,
-    ):
+    elif strange or isinstance(error, (*_CORRUPT, UnicodeDecodeError)) or code in _CORRUPT_CODES:
         kind = Corrupt
     elif isinstance(error, _UNAVAILABLE):
         kind = Unavailable
-    mine = kind(f"{doing}: {error}", code)
+    text = str(error)
+    # A backup's step leaves no message with the connection.
+    mine = kind(f"{doing}: {type(error).__name__ if text == 'not an error' else text}", code)
     mine.__cause__ = error
     return mine
 
@@ -144,19 +155,17 @@ def connect(path: Path, durability: Durability, vfs: str | None = None) -> apsw.
     try:
         if size(path.with_name(path.name + "-journal")):
             _look_first(path, vfs)
-        connection = apsw.Connection(
-            str(path),
-            flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOFOLLOW,
-            vfs=vfs or _VFS,
-            statementcachesize=64,
-        )
+        connection = open_file(path, vfs, write=True)
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, f"can't open {str(path)!r}") from error
     try:
-        _defend(connection)
         if not size(path.with_name(path.name + "-wal")):
             own_log(connection)  # it will be our own, and must not be left behind
-        found = _recognise(connection, path)
+        found = recognise(connection, path)
+        if connection.readonly("main") and os.access(path, os.W_OK):
+            raise Corrupt(f"{str(path)!r} says that nobody may write it", hint="Restore it from a backup.")
+        if found == 0:
+            connection.pragma("auto_vacuum", "incremental")  # so that space can be given back in slices
         _set_up(connection, path, durability)
         if found != FORMAT:
             migrate(connection, found)
@@ -169,44 +178,60 @@ def connect(path: Path, durability: Durability, vfs: str | None = None) -> apsw.
     return connection
 
 
+def open_file(path: Path, vfs: str | None = None, *, write: bool = False, immutable: bool = False) -> apsw.Connection:
+    """Open an existing file with all the defences on; nothing in it has been looked at yet.
+
+    Without `write` to read it only; `immutable`: as it lies there, without locks, and without the log beside it.
+    """
+    flags = apsw.SQLITE_OPEN_NOFOLLOW | (apsw.SQLITE_OPEN_READWRITE if write else apsw.SQLITE_OPEN_READONLY)
+    name = str(path)
+    if immutable:
+        name, flags = path.absolute().as_uri() + "?immutable=1", flags | apsw.SQLITE_OPEN_URI
+    connection = apsw.Connection(name, flags=flags, vfs=vfs or _VFS, statementcachesize=64)
+    try:
+        _defend(connection)
+    except BaseException:
+        close(connection)
+        raise
+    return connection
+
+
 def _look_first(path: Path, vfs: str | None) -> None:
     """Look at a file as it lies there: the journal beside it would be applied to it by any other look."""
-    connection = apsw.Connection(
-        path.absolute().as_uri() + "?immutable=1",
-        flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_NOFOLLOW,
-        vfs=vfs or _VFS,
-    )
     try:
-        _defend(connection)
-        _recognise(connection, path)
-    finally:
-        close(connection)
-
-
-def check_ours(path: Path, job_id: str, vfs: str | None = None) -> None:
-    """Refuse a file that is plainly not this job's, for who is about to delete it; a damaged one of ours passes."""
-    if not size(path):
-        return
-    connection = apsw.Connection(
-        path.absolute().as_uri() + "?immutable=1",
-        flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_NOFOLLOW,
-        vfs=vfs or _VFS,
-    )
-    try:
-        _defend(connection)
-        if _recognise(connection, path) == FORMAT:
-            check_job_id(connection, job_id, path, write=False)
-    except apsw.NotADBError as error:
-        raise translated(error, f"{str(path)!r} isn't a job's file") from error
-    except (apsw.Error, UnicodeDecodeError):
-        pass  # a SQLite file that can't be read: nobody else's, as far as anyone can tell
-    finally:
-        close(connection)
+        with contextlib.closing(open_file(path, vfs, immutable=True)) as connection:
+            recognise(connection, path)
+    except (apsw.NotADBError, apsw.CorruptError):
+        # A power cut may have torn the first page while it was written: what counts is what the journal makes of it.
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(place) / path.name
+            for file in (path, path.with_name(path.name + "-journal")):
+                shutil.copyfile(file, copy.with_name(file.name))
+            with contextlib.closing(open_file(copy, write=True)) as connection:
+                recognise(connection, path)
 
 
 def own_log(connection: apsw.Connection) -> None:
     """From now on closing the connection carries the log over and clears it away: it is known to be ours."""
     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+
+
+_disowned = False  # this is a forked child, and was in the middle of a transaction when it began
+
+
+def disown(connection: apsw.Connection) -> None:
+    """In a forked child: have a connection of the parent's refuse everything, and never be torn down."""
+    global _disowned  # noqa: PLW0603  # of this process
+    _disowned = True
+    keep_for_ever(connection)
+    connection.authorizer = lambda *_: apsw.SQLITE_DENY
+
+
+def keep_for_ever(connection: apsw.Connection) -> None:
+    """Keep a connection from ever being torn down: that would close it."""
+    import ctypes  # only here: hardly anybody gets here
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 def close(connection: apsw.Connection) -> None:
@@ -227,8 +252,8 @@ def _defend(connection: apsw.Connection) -> None:
     connection.pragma("mmap_size", 0)
 
 
-def _recognise(connection: apsw.Connection, path: Path) -> int:
-    """Return the file's format (0: an empty file), reading only."""
+def recognise(connection: apsw.Connection, path: Path) -> int:
+    """Return the file's format (0: an empty file), reading only. Raises `Corrupt` for one that isn't ours."""
     found = int(connection.pragma("user_version"))
     if found > FORMAT:
         raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
@@ -272,7 +297,7 @@ def _set_up(connection: apsw.Connection, path: Path, durability: Durability) -> 
         raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
     connection.pragma("wal_autocheckpoint", 0)  # it runs inside COMMIT and can make a committed write look failed
     connection.pragma("temp_store", "memory")
-    connection.pragma("synchronous", "full" if durability == "power" else "normal")
+    connection.pragma("synchronous", SYNCHRONOUS[durability])
 
 
 def migrate(connection: apsw.Connection, found: int) -> None:
@@ -312,27 +337,6 @@ def keep_changes(connection: apsw.Connection, dropped: int | None, last_version:
     connection.execute(NOTE, ("changes_dropped", last_version))
     connection.execute("COMMIT")
     return last_version
-
-
-def is_format_1(path: Path, vfs: str | None = None) -> bool:
-    """Return whether a file is the Nim original's, and leave it in one piece, with no log beside it, if it is."""
-    try:
-        connection = apsw.Connection(
-            str(path), flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOFOLLOW, vfs=vfs or _VFS
-        )
-    except apsw.Error:
-        return False
-    try:
-        _defend(connection)
-        if _recognise(connection, path) != 1:
-            return False
-        own_log(connection)
-        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-    except (apsw.Error, UnicodeDecodeError, Corrupt, SchemaTooNew):
-        return False
-    finally:
-        close(connection)
-    return True
 
 
 def check_job_id(connection: apsw.Connection, job_id: str, path: Path, *, write: bool = True) -> None:

@@ -16,19 +16,23 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import apsw
 
-from persistency.errors import Corrupt, StorageError
-from persistency.storage import schema
-from persistency.storage.changes import DROPPED, Changes
-from persistency.storage.group import OWN_FAULTS, Groups, ReadFault
+from persistency.errors import Corrupt, PersistencyError, StorageError
+from persistency.storage import checking, copying, schema
+from persistency.storage.beside import keep_beside
+from persistency.storage.files import Claim, Watch, sidecars, size
+from persistency.storage.group import OWN_FAULTS, Groups, ReadFault, intent
 from persistency.storage.port import (
-    PLACES,
-    READS,
+    BackUp,
     Barrier,
+    CheckUp,
+    Extent,
     Failed,
+    GiveBack,
     Group,
     OutcomeUnknown,
     Reap,
@@ -36,8 +40,9 @@ from persistency.storage.port import (
     Status,
     StoreOptions,
 )
-from persistency.storage.quota import USED, USED_MS, Quota, count_used
+from persistency.storage.quota import USED, USED_MS
 from persistency.storage.table import LATEST_MS, POINT, Table
+from persistency.storage.wal import WriteAheadLog
 
 log = logging.getLogger("persistency.storage")
 
@@ -46,16 +51,24 @@ CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
 
 
 class SqliteStore:
-    """A job's rows in one SQLite file. `release` gives up the ownership of the file at `close`."""
+    """A job's rows in one SQLite file, `path`, whose ownership, `claim`, is given up at `close`."""
 
     reads_in_place = True
 
-    def __init__(self, connection: apsw.Connection, options: StoreOptions, release: Callable[[], None]) -> None:
+    def __init__(
+        self, connection: apsw.Connection, options: StoreOptions, path: Path, claim: Claim, vfs: str | None = None
+    ) -> None:
         stored = schema.read_meta(connection)
+        claim.check(stored["last_version"])
         schema.own_log(connection)
         self.options = options
+        self.expires_ms = stored.get(schema.ENDS)
         self._connection = connection
-        self._release = release
+        self._path = path
+        self._vfs = vfs
+        self._claim = claim
+        self._log = WriteAheadLog(connection, str(path))
+        self._watch = Watch(path)
         try:
             # What was found to have ended, or counted so, stays so.
             latest_ms = max(stored.get(name, 0) for name in (LATEST_MS, USED_MS))
@@ -66,11 +79,25 @@ class SqliteStore:
         except (apsw.Error, UnicodeDecodeError) as error:
             raise schema.translated(error, "can't read what is kept beside the rows") from error
         self._groups = Groups(connection, self._table)
+        self._groups.learn(
+            {
+                BackUp: lambda message: copying.back_up(path, message.target, vfs=vfs),
+                CheckUp: lambda _message: checking.check(path, vfs=vfs),
+                Extent: lambda _message: connection.pragma("page_count") * schema.PAGE_BYTES,
+                GiveBack: lambda message: copying.give_back(connection, message.pages),
+            }
+        )
         self._execute = self._table.execute
+        self._committing = False  # when the error came that is on its way
+        self._short_read = False  # the last error was one
         self._noted: dict[str, int] = {}  # what the file says, of that which is kept beside the rows
         self._clean = stored.get("clean") == 1
-        self._wal_pages = 0
         connection.set_wal_hook(self._on_commit)
+        # What a process that was killed has left there it may not have synced.
+        self._log.unsynced = bool(size(sidecars(path)[0]))
+        if self._log.unsynced and options.durability == "power":
+            self.apply([None, Barrier(sync=True), None], max(options.now_ms, latest_ms))
+        self._take_note()
 
     # -- the port ------------------------------------------------------------------------------------------------
 
@@ -86,8 +113,21 @@ class SqliteStore:
                 refused[fault.at] = Failed(fault.error)
             except (apsw.Error, *OWN_FAULTS) as error:
                 if run == self._groups.apart or not isinstance(error, OWN_FAULTS):
-                    raise schema.translated(error, "a group of writes failed") from error
+                    raise self._failed(error) from error
                 run = self._groups.apart
+
+    def _failed(self, error: Exception) -> Exception:
+        failed = schema.translated(error, "a group of writes failed")
+        if failed.code in (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC):
+            # Wherever it came: the system may have dropped what it was asked to sync, and says so only once.
+            unknown = OutcomeUnknown(str(error))
+            unknown.__cause__ = failed
+            return unknown
+        failed.at_commit, self._committing = self._committing, False
+        again, self._short_read = self._short_read, failed.code == apsw.SQLITE_IOERR_SHORT_READ
+        if again and self._short_read:  # the end of a file isn't a fault that passes
+            return Corrupt(str(failed), failed.code)
+        return failed
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return the payload of a live row, or `None`."""
@@ -133,27 +173,42 @@ class SqliteStore:
 
     def status(self) -> Status:
         """Return the numbers."""
-        return Status(self._table.version, self._wal_pages * schema.PAGE_BYTES, self._table.now_ms)
+        log = self._log
+        return Status(self._table.version, log.pages * schema.PAGE_BYTES, self._table.now_ms, log.pinned)
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether something was committed that isn't on the medium yet."""
+        return self._log.unsynced
 
     def checkpoint_due(self, *, idle: bool) -> bool:
         """Say whether the log has grown past its limit."""
-        return self._wal_pages >= (CHECKPOINT_IDLE_PAGES if idle else CHECKPOINT_FORCED_PAGES)
+        return self._log.due(CHECKPOINT_IDLE_PAGES if idle else CHECKPOINT_FORCED_PAGES)
 
     def checkpoint(self) -> None:
         """Carry the log over into the file, as far as no other process is reading from it."""
+        self._checkpointed(self._log.carry_over)
+
+    def fold(self) -> None:
+        """Carry the whole log over and cut it off, if no other process is reading from it."""
+        self._checkpointed(self._log.cut_off)
+
+    def _checkpointed(self, checkpoint: Callable[[], object]) -> None:
         try:
             self._end_read()
-            total, done = self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            checkpoint()
         except apsw.Error as error:
             failed = schema.translated(error, "a checkpoint failed")
             if failed.code == apsw.SQLITE_IOERR_FSYNC:
                 raise OutcomeUnknown(str(error)) from failed
             raise failed from error
-        self._wal_pages = max(0, total - done)
+        if not self._log.unsynced:
+            self._take_note()
 
     def settle(self) -> None:
         """Mark the file as closed in order and carry the whole log over."""
         try:
+            self._watch.check()
             self._end_read()
             ends = self._table.next_expiry_ms is not None
             if not self._clean or ends:
@@ -163,13 +218,19 @@ class SqliteStore:
                     self._execute(schema.NOTE, (LATEST_MS, self._table.now_ms))
                 self._execute("COMMIT")
                 self._clean = True
-            if self._wal_pages:
-                self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-                self._wal_pages = 0
-        except apsw.Error as error:
+            if (self._log.pages and not self._log.cut_off()) or self._log.unsynced:
+                self.apply([None, Barrier(sync=True), None], self._table.now_ms)
+            self._take_note()
+        except (apsw.Error, PersistencyError, OutcomeUnknown) as error:
             self._roll_back()
             # Nothing is lost: what was committed is in the log, and the next opening finds it there.
             log.warning("a job's file couldn't be tidied up at close: %s", error)
+
+    def _take_note(self) -> None:
+        """Write down, beside the file, what it must hold from now on whatever happens to its log."""
+        version = self._claim.record.version if self._log.unsynced else self._table.version
+        used_ms = max(self._table.now_ms, self.options.now_ms)
+        self._claim.note(version, used_ms, self.expires_ms)
 
     def close(self, *, tidy: bool = True) -> None:
         """Close the file, if `tidy` in order, and give up its ownership, whatever happens."""
@@ -181,17 +242,36 @@ class SqliteStore:
                     self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             schema.close(self._connection)
         finally:
-            self._release()
+            self._claim.release()
+
+    def disown(self, *, quiet: bool) -> None:
+        """In a forked child: close the connection without touching the file, or have it refuse everything.
+
+        Closing it is the better way: SQLite keeps books, by file, of the locks of this process, and the parent's would
+        stand in the way of the child's own connection to the same file later. It writes nothing, because the log isn't
+        carried over, and the locks themselves are the parent's. In the middle of a transaction there is no such way.
+        """
+        with contextlib.suppress(apsw.Error):  # another thread of the parent may have been in the middle of it
+            self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            if quiet:
+                self._connection.close()
+                return
+        with contextlib.suppress(apsw.Error):
+            schema.disown(self._connection)
 
     # -- transactions --------------------------------------------------------------------------------------------
 
     def _transaction(self, group: Group, run: Callable[..., list[Any]], refused: dict[int, Failed]) -> list[Any]:
         before = self._table.mark()
-        writes, sync = _intent(group)
-        sync = sync and self.options.durability == "process"  # with "power" every commit is synced already
+        writes, sync, barriers = intent(group)
+        # With "power" every commit is synced already, but not what a killed process has left.
+        sync = sync and (self.options.durability == "process" or self._log.unsynced)
         if not writes and not sync:
             self._begin_read()
-            return run(group, refused)
+            outcomes = run(group, refused)
+            self._make_smaller(barriers)
+            return outcomes
+        self._watch.check()
         try:
             self._end_read()
             if sync:
@@ -201,6 +281,8 @@ class SqliteStore:
             changed = self._connection.total_changes()
             outcomes = run(group, refused)
             self._commit(before.version, writes=self._connection.total_changes() != changed, sync=sync)
+            self._make_smaller(barriers)
+            self._short_read = False
             return outcomes
         except BaseException:
             self._roll_back()
@@ -216,7 +298,7 @@ class SqliteStore:
         finally:
             if sync:
                 with contextlib.suppress(apsw.Error):
-                    self._connection.pragma("synchronous", "normal")
+                    self._connection.pragma("synchronous", schema.SYNCHRONOUS[self.options.durability])
 
     def _commit(self, before: int, *, writes: bool, sync: bool) -> None:
         version = self._table.version
@@ -238,10 +320,15 @@ class SqliteStore:
             self._execute("COMMIT")
         except apsw.Error as error:
             if self._connection.in_transaction or not self._happened(error, before):
+                self._committing = True
                 raise
         if writes or version != before:
             self._clean, self._outdated = False, ()
             self._noted |= notes
+            self._log.unsynced = self.options.durability == "process" and not sync
+        if sync:
+            self._log.unsynced = False
+            self._take_note()
 
     def _happened(self, error: apsw.Error, before: int) -> bool:
         """After a COMMIT that raised and left no transaction open: find out whether it happened all the same."""
@@ -292,40 +379,16 @@ class SqliteStore:
         return schema.translated(error, "a read failed")
 
     def _on_commit(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
-        self._wal_pages = pages
+        self._log.grew(pages)
         return apsw.SQLITE_OK
 
-
-def keep_beside(
-    connection: apsw.Connection, table: Table, options: StoreOptions, stored: dict[str, int]
-) -> tuple[str, ...]:
-    """Give a table the quota and the change log its job is opened with.
-
-    Returns the names of the notes that the first write without them makes wrong.
-    """
-    outdated = []
-    if options.max_bytes is not None:
-        used_ms = stored.get(USED_MS, table.now_ms)
-        used = stored[USED] if {USED, USED_MS} <= stored.keys() else count_used(table.execute, used_ms)
-        table.quota = Quota(table.execute, options.max_bytes, used, used_ms)
-    elif USED in stored:
-        outdated.append(USED)
-    if options.feed_changes_max:
-        dropped = schema.keep_changes(connection, stored.get(DROPPED), table.version)
-        table.changes = Changes(connection, table.execute, options.feed_changes_max, dropped)
-    elif schema.has_changes(connection):
-        table.reaping_counts = True
-        outdated += [DROPPED] if DROPPED in stored else []
-    return tuple(outdated)
-
-
-def _intent(group: Group) -> tuple[bool, bool]:
-    """Return whether a group writes, and whether it has a barrier that wants the medium."""
-    categories = group[::PLACES]
-    if None not in categories:
-        return bool(group), False
-    messages = [group[at + 1] for at in range(0, len(group), PLACES) if group[at] is None]
-    kinds = {type(message) for message in messages}
-    writes = len(messages) < len(categories) or bool(kinds - READS - {Barrier})
-    sync = Barrier in kinds and any(type(message) is Barrier and message.sync for message in messages)
-    return writes, sync
+    def _make_smaller(self, barriers: list[Barrier]) -> None:
+        """Do what barriers want done outside of a transaction. It can't fail them: what they follow is committed."""
+        try:
+            for barrier in barriers:
+                self._end_read()
+                if barrier.rebuild:
+                    copying.rebuild(self._connection)
+                self.fold()
+        except (apsw.Error, StorageError) as error:
+            log.warning("a job's file couldn't be made smaller: %s", error)

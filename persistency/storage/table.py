@@ -12,7 +12,8 @@ Doesn't know: transactions, groups, files, what an error means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import apsw
@@ -72,6 +73,12 @@ _SPAN_WITHOUT_END = " FROM kv WHERE category = ?1 AND key >= ?2 AND ?3 = ?3"
 _NEXT_EXPIRY = "SELECT min(expires_ms) FROM kv WHERE expires_ms IS NOT NULL AND expires_ms < 9223372036854775807"
 _NEXT_CATEGORY = "SELECT min(category) FROM kv WHERE category > ?"
 _REAP = f"DELETE FROM kv WHERE (category, key) IN ({ENDED})"
+
+
+def check_keys(keys: Iterable[Any]) -> None:
+    """Raise `Corrupt` if something else stands for a key: a damaged file may hold a number, text or NULL there."""
+    if not {bytes}.issuperset(map(type, keys)):
+        raise Corrupt("a row's key or category is no blob", hint="Restore the job from a backup.")
 
 
 class Mark(NamedTuple):
@@ -339,6 +346,7 @@ class Table:
         sql = f"SELECT {columns}{sql} ORDER BY key {'DESC' if message.reverse else 'ASC'} LIMIT ?"
         limit = -1 if message.limit is None else message.limit
         rows: list[tuple[bytes, bytes]] = self.execute(sql, (*bindings, limit)).fetchall()
+        check_keys(map(itemgetter(0), rows))
         return rows
 
     def count(self, message: CountRange) -> int:
@@ -354,6 +362,7 @@ class Table:
             at = self.execute(_NEXT_CATEGORY, (at,)).fetchone()[0]
             if at is None:
                 return found
+            check_keys([at])
             sql, bindings = self._span(at, b"", None)
             if self.execute(f"SELECT EXISTS (SELECT 1{sql})", bindings).fetchone()[0]:
                 found.append(at)
@@ -361,7 +370,9 @@ class Table:
     def entries(self, message: ListEntries) -> list[StoredRow]:
         """Return a category's live rows in the order of their versions."""
         sql, bindings = self._span(message.category, b"", None)
-        return [StoredRow(*row) for row in self.execute(f"{_ENTRY_COLUMNS}{sql} ORDER BY version", bindings)]
+        rows = [StoredRow(*row) for row in self.execute(f"{_ENTRY_COLUMNS}{sql} ORDER BY version", bindings)]
+        check_keys(map(itemgetter(0), rows))
+        return rows
 
     def list_changes(self, message: ListChanges) -> list[StoredChange] | Failed:
         """Return the first changes behind a version."""

@@ -21,6 +21,8 @@ from persistency.errors import Misuse
 class Line:
     """A line that gives up what it is asked for, and belongs to nobody's thread."""
 
+    abandoned: BaseException | None = None
+
     withdrawn = 0
 
     def withdraw(self, reply: Reply[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Small concurrent histories: what several threads and event loops did with one job at once, and whether it fits together.
+"""Small concurrent histories: what several threads and loops did with one job at once, and whether it fits together.
 
 A history is some ten to forty calls of two to four clients on three keys of a category that nobody has used before.
 Every call is stamped from one counter: before it is made, when it returns, and when its answer is there. The job is one
@@ -13,27 +13,22 @@ it returns, for a job promises more than that: it works in the order of posting.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import random
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from persistency import Check, Conflict, Delete, Job, KeyRange, Op, Overloaded, Put, Reply, key
+from persistency import Check, Delete, KeyRange, Op, Put, Reply, key
 from persistency.codec.values import decode, encode
 from persistency.transaction import Transaction
 
-WAIT = 20.0  # seconds for what must come
-SWITCH_SECONDS = 1e-6  # threads take turns as often as the interpreter can have them
 KEYS = (key("a"), key("a", 1), key("b"))
 NUMBER = {found: at for at, found in enumerate(KEYS)}
 PREFIX = (0, 1)  # the numbers of the keys that begin with ("a",)
 TEXT = encode("no number")
+LINEAR = "is not linearizable"
+POSTING = "is not in the order of posting"
 
 
 # -- the sequential job -----------------------------------------------------------------------------------------------
@@ -192,7 +187,9 @@ VERBS: dict[str, Verb] = {
     "delete_acked": Verb(
         lambda job, c, at: job.delete_acked(c, KEYS[at]), lambda s, at: (s.rows[at] is not None, s.write(at, None))
     ),
-    "delete_prefix_acked": Verb(lambda job, c: job.delete_prefix_acked(c, KEYS[0]), lambda s: _delete_several(s, PREFIX)),
+    "delete_prefix_acked": Verb(
+        lambda job, c: job.delete_prefix_acked(c, KEYS[0]), lambda s: _delete_several(s, PREFIX)
+    ),
     "exchange": Verb(lambda job, c, one, other: job.run(exchange, c, one, other), _exchange),
     "write_and_raise": Verb(lambda job, c, at, v: job.run(write_and_raise, c, at, v), lambda s, at, v: ("undone", s)),
     "get": Verb(lambda job, c, at: job.get(c, KEYS[at]), lambda s, at: (s.payload(at), s)),
@@ -229,7 +226,7 @@ VERBS: dict[str, Verb] = {
 
 @dataclass(eq=False)
 class Call:
-    """One call of a history. The stamps: `began` before it was made, `posted` when it returned, `settled` when answered."""
+    """One call of a history; its stamps are of before it was made, when it returned, and when it was answered."""
 
     client: str
     verb: str
@@ -300,188 +297,10 @@ class History:
         if not self.wrong:
             every = self.calls + self.last
             if not fits(every, self.before, attrgetter("settled")):
-                self.wrong.append("is not linearizable")
+                self.wrong.append(LINEAR)
             elif not fits(every, self.before, attrgetter("posted")):
-                self.wrong.append("is not in the order of posting")
+                self.wrong.append(POSTING)
         if not self.wrong:
             return []
         lines = [f"{self.name} {', '.join(self.wrong)}; before it: {self.before}"]
         return ["\n".join([*lines, *map(str, sorted(self.calls + self.last, key=attrgetter("began")))])]
-
-
-# -- making them ------------------------------------------------------------------------------------------------------
-
-
-class Client:
-    """One thread or task of a history: it posts calls, and takes their answers at once or some calls later."""
-
-    def __init__(self, maker: Maker, name: str, rng: random.Random) -> None:
-        self._maker = maker
-        self._name = name
-        self._rng = rng
-        self._steps = rng.randint(3, 10)
-        self._window = rng.choice((1, 2, 4, 6))
-        self._waiting: list[tuple[Call, Reply[Any]]] = []
-
-    def in_thread(self) -> None:
-        """Make the calls in a plain thread."""
-        for _ in range(self._steps):
-            self._post()
-            if len(self._waiting) >= self._window:
-                self._take_all()
-        self._take_all()
-
-    def _take_all(self) -> None:
-        self._maker.about_to_wait()
-        for call, reply in self._waiting:
-            with self._noting(call):
-                self._note(call, reply.result(WAIT))
-        self._waiting.clear()
-
-    async def in_loop(self) -> None:
-        """Make the calls in a task of an event loop."""
-        for _ in range(self._steps):
-            self._post()
-            if len(self._waiting) >= self._window:
-                await self._atake_all()
-            elif self._rng.randrange(2):
-                await asyncio.sleep(0)
-        await self._atake_all()
-
-    async def _atake_all(self) -> None:
-        self._maker.about_to_wait()
-        waiting, self._waiting = self._waiting, []
-        for call, reply in waiting:
-            with self._noting(call):
-                self._note(call, await asyncio.wait_for(reply, WAIT))
-
-    def _post(self) -> None:
-        maker, rng = self._maker, self._rng
-        verb = rng.choice(CHOICES)
-        arguments = ARGUMENTS.get(verb, lambda _rng, _maker: ())(rng, maker)
-        post = VERBS[verb].post
-        call = Call(self._name, verb, arguments, next(maker.stamps))
-        try:
-            reply = post(maker.job, maker.category, *arguments)
-        except Overloaded:  # refused whole: as if it had never been
-            return
-        call.posted = call.settled = next(maker.stamps)
-        maker.calls.append(call)
-        if reply is None:
-            return
-        if not reply.done():
-            call.settled = 0
-            if rng.randrange(2):
-                reply.add_done_callback(lambda _reply: maker.stamp(call))
-        self._waiting.append((call, reply))
-
-    def _note(self, call: Call, answer: Any) -> None:
-        call.answer = VERBS[call.verb].noted(answer)
-        maker = self._maker
-        if call.verb == "get":
-            maker.payloads[call.arguments[0]] = answer
-        elif call.verb == "entry":
-            maker.versions[call.arguments[0]] = None if answer is None else answer.version
-        elif call.verb == "commit":
-            maker.versions[call.arguments[0][-1][1]] = answer
-
-    @contextmanager
-    def _noting(self, call: Call) -> Iterator[None]:
-        try:
-            yield
-        except Conflict as error:
-            at = NUMBER[error.key]
-            call.answer = ("conflict", at) if call.verb == "increment" else ("conflict", at, error.expected, error.actual)
-        except Undone:
-            call.answer = "undone"
-        except Exception as error:
-            call.answer = repr(error)
-            self._maker.failures.append(f"raised {error!r} at {call}")
-        finally:
-            self._maker.stamp(call)
-
-
-class Maker:
-    """Makes one history with a job."""
-
-    def __init__(self, job: Job, name: str, seed: int, *, holds: bool) -> None:
-        self.job = job
-        self.category = self.name = name
-        self.stamps = itertools.count(1)
-        self.calls: list[Call] = []
-        self.failures: list[str] = []
-        # What was seen last, so that a comparison has a chance.
-        self.payloads: list[bytes | None] = [None] * len(KEYS)
-        self.versions: list[int | None] = [None] * len(KEYS)
-        self._fresh = itertools.count()
-        self._rng = random.Random(seed)
-        self._holds = holds
-        self._go = threading.Event()
-        self._wait_left = 0
-
-    def value(self) -> bytes:
-        """Return a payload that is nowhere else, mostly."""
-        return encode(1000 * next(self._fresh)) if self._rng.randrange(8) else TEXT
-
-    def stamp(self, call: Call) -> None:
-        """Note that a call has its answer, unless that was noted before."""
-        stamp = next(self.stamps)
-        call.settled = call.settled or stamp
-
-    def about_to_wait(self) -> None:
-        """Be told of a client that won't go on without answers."""
-        self._wait_left -= 1
-        if self._wait_left <= 0:
-            self._go.set()
-
-    def make(self) -> History:
-        """Make the history."""
-        version = self.job.version().result(WAIT)
-        history = History(self.name, State(version, (None,) * len(KEYS)), self.calls)
-        clients = self._clients()
-        start = threading.Barrier(len(clients) + 1)
-        threads = [threading.Thread(target=self._run, args=(start, client)) for client in clients]
-        for thread in threads:
-            thread.start()
-        if self._holds and self._rng.randrange(2):
-            # The turn is held until some of the clients have to wait, so that the others' calls stand in line.
-            self._wait_left = self._rng.randint(1, len(clients))
-            self.job.run(lambda _tx: (start.wait(WAIT), self._go.wait(WAIT))).result(WAIT)
-        else:
-            start.wait(WAIT)
-        for thread in threads:
-            thread.join(2 * WAIT)
-        history.wrong = self.failures + [f"has left {thread}" for thread in threads if thread.is_alive()]
-        for verb in ("snapshot", "version") if not history.wrong else ():
-            began = next(self.stamps)
-            reply = VERBS[verb].post(self.job, self.category)
-            assert reply is not None
-            answer = VERBS[verb].noted(reply.result(WAIT))
-            history.last.append(Call("end", verb, (), began, next(self.stamps), next(self.stamps), answer))
-        return history
-
-    def _clients(self) -> list[Callable[[], None]]:
-        clients: list[Callable[[], None]] = []
-        for number in range(self._rng.randint(2, 4)):
-            if self._rng.randrange(2):
-                clients.append(Client(self, f"thread {number}", self._other()).in_thread)
-            else:
-                tasks = [Client(self, f"task {number}.{task}", self._other()) for task in range(self._rng.randint(1, 2))]
-                clients.append(lambda tasks=tasks: asyncio.run(_gather(tasks)))  # type: ignore[misc]  # bound now
-        return clients
-
-    def _other(self) -> random.Random:
-        return random.Random(self._rng.getrandbits(64))
-
-    def _run(self, start: threading.Barrier, client: Callable[[], None]) -> None:
-        try:
-            start.wait(WAIT)
-            client()
-        except BaseException as error:
-            self.failures.append(f"ended with {error!r}")
-        finally:
-            self._go.set()
-
-
-async def _gather(tasks: list[Client]) -> None:
-    await asyncio.gather(*(task.in_loop() for task in tasks))

@@ -446,7 +446,7 @@ def test_one_claim_at_a_time_in_one_process(tmp_path: Path) -> None:
     with pytest.raises(JobLocked) as caught:
         files.Claim(tmp_path / "a.db")
     assert caught.value.pid == os.getpid()
-    assert (tmp_path / "a.lock").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "a.lock").read_text().splitlines()[0] == str(os.getpid())
     first.release()
     second = files.Claim(tmp_path / "a.db")
     first.release()  # must not close the descriptor that the second has now
@@ -473,7 +473,7 @@ def test_a_lock_file_left_behind_is_no_lock(tmp_path: Path) -> None:
     """A lock file with an old, longer pid in it is taken over, and holds the new pid alone."""
     (tmp_path / "a.lock").write_bytes(b"99999999999999\n")
     claim = files.Claim(tmp_path / "a.db")
-    assert (tmp_path / "a.lock").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "a.lock").read_text().splitlines()[0] == str(os.getpid())
     claim.release()
 
 
@@ -489,7 +489,7 @@ def test_a_lock_file_dropped_under_the_claim_is_not_owned(tmp_path: Path, monkey
     monkeypatch.setattr(files.fcntl, "flock", losing)
     claim = files.Claim(tmp_path / "a.db")
     monkeypatch.undo()
-    assert lock.read_text() == f"{os.getpid()}\n"
+    assert lock.read_text().splitlines()[0] == str(os.getpid())
     with pytest.raises(JobLocked):
         files.Claim(tmp_path / "a.db")
     assert run_child(LOCK_CHECK, tmp_path / "a.db").stdout.strip() == str(os.getpid())

@@ -1,0 +1,72 @@
+"""The door of a mailbox: whether it takes anything, from whom, and until when.
+
+Rules:
+  1. What closed it first is what everybody is told.
+  2. Who would wait for himself is told so, at the call.
+
+Doesn't know: the line behind it, what is posted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import get_ident
+
+from persistency.actor.sleeper import Sleeper
+from persistency.errors import Closed, Misuse, PersistencyError
+
+Refusal = Callable[[], PersistencyError]
+
+
+class Door(Sleeper):
+    """The door of one mailbox, and who has its turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker_thread: int | None = None
+        self.inside: int | None = None  # the thread that is in a caller's function now
+        self.abandoned: PersistencyError | None = None  # in a forked child: nobody answers here any more
+        # Guarded by the lock:
+        self._open_ops = 0  # up to where a plain put needn't look closer
+        self._refusal: Refusal | None = None
+        self._closed = False
+        self._ending: Callable[[], None] | None = None
+        self._holder: object | None = None
+        self._holder_thread = 0
+
+    def check(self) -> None:
+        """Raise what the mailbox was closed with, if it was."""
+        if self._refusal is not None:
+            raise self._refusal()
+        if self._ending is not None:
+            self._ending()
+
+    def check_here(self) -> None:
+        """Raise `Forked` in a child of the process whose mailbox it is."""
+        if self.abandoned is not None:
+            raise self.abandoned
+
+    def end_by(self, ending: Callable[[], None]) -> None:
+        """From now on ask `ending` at every post; it raises `Closed` when the job's time is over."""
+        with self._lock:
+            self._ending = ending
+            self._open_ops = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job's time is over."""
+        try:
+            if self._ending is not None:
+                self._ending()
+        except Closed:
+            return True
+        return False
+
+    def check_outside(self) -> None:
+        """Raise `Misuse` in a function that this very job runs: it would wait for itself."""
+        if self.inside == get_ident():
+            raise Misuse("a request to a job inside its own run()", hint="Use the transaction the function is given.")
+
+    def waits_for_itself(self) -> bool:
+        """Say whether the calling thread is the one that would have to answer."""
+        return get_ident() in (self.worker_thread, None if self._holder is None else self._holder_thread)

@@ -1,0 +1,76 @@
+"""The sleeper: how a worker sleeps while there is nothing to do, and how it is woken.
+
+It sleeps in one of two ways: its thread waits on a bell, for a while or until somebody rings; or it *dozes*, without a
+thread, and is woken by a function that gets it a new one.
+
+Rules:
+  1. Nobody sleeps while there is something to do; a ring that comes in between is not lost.
+  2. Ringing never waits, starts nothing and calls no code of anybody's: signal handlers and `__del__` ring too.
+
+Doesn't know: what there is to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock, RLock
+
+
+class Sleeper:
+    """The sleep of one worker. `_lock` is the one critical section of whoever builds on it."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        # Guarded by the lock:
+        self._asleep = False
+        self._rung = False
+        self._wake: Callable[[], None] | None = None
+        self._bell = Lock()
+        self._bell.acquire()
+
+    def _stirs(self) -> bool:
+        """Say whether there is something to do. To be overridden; the lock is held."""
+        return self._rung
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Sleep until there is something to do, somebody rings, or `seconds` are over."""
+        with self._lock:
+            if self._stirs():
+                return
+            self._asleep = True
+        if not self._bell.acquire(timeout=-1 if seconds is None else seconds):
+            with self._lock:
+                at_last, self._rung, self._asleep = not self._asleep, True, False  # as if somebody had rung
+            if at_last:  # somebody has
+                self._bell.acquire()
+
+    def ring(self) -> None:
+        """Have the worker look after something other than messages."""
+        with self._lock:
+            self._rung = True  # until somebody has had the turn
+            if self._asleep:
+                self._ring()
+
+    def doze(self, wake: Callable[[], None]) -> None:
+        """From now on there is no thread that sleeps here: call `wake`, once, when there is something to do."""
+        with self._lock:
+            self._wake = wake
+            self._asleep = True
+            if self._stirs():
+                self._ring()
+
+    def wake_up(self) -> bool:
+        """End the dozing without `wake` being called; return whether it was that that had to be ended."""
+        with self._lock:
+            dozed, self._wake = self._wake is not None, None
+            if dozed:
+                self._asleep = False
+            return dozed
+
+    def _ring(self) -> None:
+        self._asleep = False
+        if self._wake is None:
+            self._bell.release()
+        else:
+            wake, self._wake = self._wake, None
+            wake()

@@ -1,0 +1,232 @@
+"""Turns: what is done with the store by whoever has the turn, and what is answered for it.
+
+Group commit, step by step. Whoever has the turn
+  1. takes everything that waits in the mailbox as one group; nobody is ever asked to wait for company;
+  2. has the store run it in one transaction, reads among the writes, each batch whole or not at all;
+  3. counts what became of every operation, and keeps the failures of events for the next flush;
+  4. gives the turn back, and only then settles the replies, one wake-up for each event loop.
+So a write costs its caller an append; one commit pays for all that came while the last one ran; a read sees every
+write posted before it, because it stands behind them; and what a caller is told has been committed.
+
+Rules:
+  1. A fault of the environment never skips a group: it is tried again, in order, while the job is stalled; what
+     can't be waited out poisons the job. So what the store holds is always a prefix of what was accepted.
+  2. Only the holder of the turn calls anything here.
+
+Doesn't know: threads that come and go, SQL, keys, files, which engine the store is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic, perf_counter
+from typing import Any
+
+from persistency.actor.accounts import Accounts, Answer
+from persistency.actor.clock import Clock
+from persistency.actor.mailbox import Mailbox
+from persistency.actor.reply import Reply
+from persistency.actor.settling import fill, new_reply, pending, ready, settle_all
+from persistency.actor.tally import Tally
+from persistency.actor.waiters import Waiters
+from persistency.errors import Closed, Corrupt, Poisoned, StorageError
+from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, Store, writes
+
+log = logging.getLogger("persistency")
+
+RETRY_SECONDS_MIN = 0.05
+RETRY_SECONDS_MAX = 1.0
+
+
+class Harm(Exception):
+    """What poisons a job. `cause` is why, `outcome` what became of the group in hand."""
+
+    def __init__(self, cause: BaseException, outcome: str = "not applied") -> None:
+        super().__init__(cause, outcome)
+        self.cause = cause
+        self.outcome = outcome
+
+
+class Turns:
+    """Runs what is asked of one job against its store. `written` is called after a write in place."""
+
+    def __init__(
+        self,
+        job_id: str,
+        mailbox: Mailbox,
+        accounts: Accounts,
+        waiters: Waiters,
+        tally: Tally,
+        clock: Clock,
+        stall_timeout: float,
+    ) -> None:
+        self.store: Store | None = None
+        self._ends_ms: int | None = None
+        self._doubtful = False  # the group in hand has failed at its commit: its bytes may be there all the same
+        self.used_at = monotonic()
+        self.hurry = threading.Event()  # set: don't wait for what stalls
+        self.discards = False
+        self.written: Callable[[], None] = lambda: None
+        self._job_id = job_id
+        self._mailbox = mailbox
+        self._accounts = accounts
+        self._waiters = waiters
+        self._tally = tally
+        self._now_ms = clock.now_ms
+        self._look_ms = clock.look_ms
+        self._stall_timeout = stall_timeout
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether nothing more will be done."""
+        return self._tally.state == "poisoned"
+
+    def serve_in_place(self, store: Store, *, notes_use: bool) -> None:
+        """Have callers answered in place, if the store's reads are cheap enough."""
+        self.store = store
+        self._ends_ms = store.expires_ms
+        if store.expires_ms is not None:
+            self._mailbox.end_by(self._check_time)
+        if not store.reads_in_place:
+            return
+        get, now_ms = store.get, self._now_ms
+
+        def get_in_place(category: bytes, key: bytes) -> bytes | None:
+            # Where no row ends nobody needs the time.
+            return get(category, key, now_ms() if store.next_expiry_ms else 0)
+
+        def get_and_note(category: bytes, key: bytes) -> bytes | None:
+            self.used_at = monotonic()
+            if store.expires_ms is not None:
+                self._check_time()
+            return get_in_place(category, key)
+
+        notes_use = notes_use or store.expires_ms is not None
+        self._mailbox.serve_in_place(
+            get_and_note if notes_use else get_in_place, self._read_in_place, self._write_in_place
+        )
+
+    @property
+    def time_left_ms(self) -> int | None:
+        """How long the job has still got; `None`: for ever."""
+        return None if self._ends_ms is None else self._ends_ms - self._look_ms()
+
+    def _check_time(self) -> None:
+        """Raise `Closed` if the job's time is over."""
+        left = self.time_left_ms
+        if left is not None and left <= 0:
+            raise Closed(f"job {self._job_id!r} was temporary, and its time is over")
+
+    def decide(self, group: Group) -> list[Answer]:
+        """Run a group; return what is to be answered."""
+        self.used_at = monotonic()
+        if self.discards:
+            closed = Closed(f"job {self._job_id!r} was closed without draining")
+            return self._accounts.fail((group, closed, "not applied"))
+        try:
+            outcomes = self._apply(group)
+        except Harm as harm:
+            return self.poison(harm.cause, harm.outcome, group)
+        return self._accounts.group(group, outcomes)
+
+    def _apply(self, group: Group) -> list[Any]:
+        """Have the store run a group, as often as it takes; raises `Harm` when there is no point in going on."""
+        assert self.store is not None
+        deadline = 0.0
+        pause = RETRY_SECONDS_MIN
+        while True:
+            begun = perf_counter()
+            try:
+                outcomes = self.store.apply(group, self._now_ms())
+            except OutcomeUnknown as error:
+                raise Harm(error.__cause__ or error, "unknown") from error
+            except Corrupt as error:
+                raise Harm(error) from error
+            except StorageError as error:
+                if not deadline:
+                    deadline = monotonic() + self._stall_timeout
+                    self._tally.state = "stalled"
+                    log.warning("job %r stalls: %s", self._job_id, error)
+                self._doubtful |= error.at_commit
+                if self.discards or monotonic() >= deadline:
+                    raise Harm(error, "unknown" if self._doubtful else "not applied") from error
+                self.hurry.wait(min(pause, max(0.0, deadline - monotonic())))
+                pause = min(pause * 2, RETRY_SECONDS_MAX)
+                continue
+            self._doubtful = False
+            if deadline:
+                self._tally.state = "live"
+                log.warning("job %r goes on", self._job_id)
+            if writes(group):
+                self._tally.commit(perf_counter() - begun)
+            return outcomes
+
+    def tell_waiters(self) -> list[Answer]:
+        """Answer the requests that wait for changes, if there are some for them."""
+        if not self._waiters or (store := self.store) is None:
+            return []
+        last_version = store.status().last_version
+        return self._waiters.answer(lambda message: store.read(message, self._now_ms()), last_version)
+
+    def poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
+        """Refuse everything from now on; fail the group and all that waits behind it."""
+
+        def refusal() -> Poisoned:
+            poisoned = Poisoned(f"job {self._job_id!r} can't go on: {cause}")
+            poisoned.__cause__ = cause
+            return poisoned
+
+        log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
+        self._tally.state = "poisoned"
+        behind = self._mailbox.shut(refusal)
+        answers = self._waiters.refuse(refusal())
+        return answers + self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
+
+    # -- in place: in the caller's thread, which has the turn ------------------------------------------------------
+
+    def _read_in_place(self, message: Any) -> Reply[Any]:
+        assert self.store is not None
+        self._check_time()
+        self.used_at = monotonic()
+        try:
+            outcome = self.store.read(message, self._now_ms())
+        except StorageError as error:
+            return ready(error=error)
+        return ready(error=outcome.error) if type(outcome) is Failed else ready(outcome)
+
+    def _write_in_place(self, message: Any, ops: int) -> Reply[Any]:
+        """Run one write request for a caller that holds the turn. Raises `StorageError` if nothing was applied."""
+        assert self.store is not None
+        self._check_time()
+        self.used_at = monotonic()
+        begun, before = perf_counter(), self.store.status().last_version
+        try:
+            outcome = self.store.apply([None, message, None], self._now_ms())[0]
+        except OutcomeUnknown as error:
+            reply: Reply[Any] = pending(self._mailbox, reads=False)
+            self._mailbox.as_one(lambda _level: None, taken=ops)
+            settle_all(self.poison(error.__cause__ or error, "unknown", [None, message, reply]))
+            return reply
+        except StorageError as error:
+            self._doubtful |= error.at_commit
+            raise
+        except BaseException:
+            # An interrupt: whether the message was committed before it came, its version tells.
+            if self.store.status().last_version != before:
+                self._accounts.count(ops, 0, in_place=True)
+            raise
+        if type(outcome) is Failed:
+            self._accounts.count(0, ops, in_place=True)
+            reply = ready(error=outcome.error)
+            self._accounts.watch(reply, message, outcome.error, "not applied")
+            return reply
+        if ops:
+            self._tally.commit(perf_counter() - begun)
+            self._accounts.count(ops, 0, in_place=True)
+        self.written()
+        if type(message) is Barrier:
+            reply = new_reply()
+            return fill(reply, self._accounts.flushed(reply))
+        return ready(outcome)

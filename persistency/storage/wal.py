@@ -1,0 +1,80 @@
+"""The write-ahead log of one file: how long it is, when it is carried over, and who keeps it from being.
+
+Rules:
+  1. It is carried over between transactions only, and never waited for: a reader of another process that pins it is
+     seen, told of once, and otherwise left alone.
+  2. How far it is carried over SQLite says, not the file's size.
+
+Doesn't know: rows, groups, when somebody is waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import apsw
+
+log = logging.getLogger("persistency.storage")
+
+BUSY_MS = 5000  # so long a statement waits for a lock of another process
+
+
+class WriteAheadLog:
+    """The log beside one connection's file. `pages` is its length, `unsynced` whether it is ahead of the medium."""
+
+    def __init__(self, connection: apsw.Connection, name: str) -> None:
+        self.pages = 0
+        self.pinned = False
+        self.unsynced = False
+        self._connection = connection
+        self._name = name
+        self._carried = 0  # the length when it was last carried over, as far as that went
+
+    def grew(self, pages: int) -> None:
+        """Note what a commit has made of it."""
+        if pages <= self._carried:  # begun anew
+            self._carried = 0
+            self.pinned = False
+        self.pages = pages
+
+    def due(self, pages: int) -> bool:
+        """Say whether so many pages have come since it was last carried over."""
+        return self.pages - self._carried >= pages
+
+    def carry_over(self) -> None:
+        """Bring it onto the medium and into the file, and have the next commit begin it anew, unless somebody reads."""
+        self._checkpoint(apsw.SQLITE_CHECKPOINT_RESTART)
+
+    def cut_off(self) -> bool:
+        """Carry all of it over and leave an empty one; return whether that could be done."""
+        return self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+    def _checkpoint(self, mode: int) -> bool:
+        self._connection.set_busy_timeout(0)
+        try:
+            self._connection.wal_checkpoint(mode=mode)
+        except apsw.BusyError:
+            self._carry_what_goes()
+            return False
+        finally:
+            self._connection.set_busy_timeout(BUSY_MS)
+        self.pages = self._carried = 0
+        self.unsynced = self.pinned = False
+        return True
+
+    def _carry_what_goes(self) -> None:
+        try:
+            total, done = self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.BusyError:  # somebody else is doing it
+            self._carried = self.pages
+            return
+        self.unsynced = False
+        # A reader that is at the end keeps the log from being begun anew, but soon there will be another moment.
+        if done < total or self._carried:
+            self._pin()
+        self._carried = total
+
+    def _pin(self) -> None:
+        if not self.pinned:
+            log.warning("%s: another process reads there, so that its log can't be cut off; it grows on", self._name)
+        self.pinned = True
