@@ -92,7 +92,7 @@ class Site:
             yield worker.opened
         except BaseException as error:
             why = entry.place.explain() if entry.place is not None and isinstance(error, TimeoutError) else None
-            self._leave(job_id, entry, lease)
+            self._leave(entry, lease)
             if why is not None:
                 raise TimeoutError(why) from None
             raise
@@ -180,7 +180,7 @@ class Site:
                     entry.worker.doze()
                     entry.mailbox.ring()
             except BaseException:
-                self._leave(job_id, entry, lease)
+                self._leave(entry, lease)
                 raise
         return entry
 
@@ -225,7 +225,7 @@ class Site:
         entry.worker.close()
         return entry.gone
 
-    def _leave(self, job_id: str, entry: _Entry, lease: object) -> None:
+    def _leave(self, entry: _Entry, lease: object) -> None:
         """Give up a lease on a job that didn't open, or not in time; a late opening is closed again."""
         assert entry.worker is not None
         failed = entry.worker.opened.done() and entry.worker.opened.exception() is not None

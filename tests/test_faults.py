@@ -125,7 +125,7 @@ _apply, _read, _count, _poison, _intent = (
     SqliteStore.read,
     Accounts.count,
     turns.Turns.poison,
-    sqlite._intent,
+    sqlite.intent,
 )
 
 
@@ -251,7 +251,7 @@ PLANTS = {
     "split batch": Plant(SqliteStore, "apply", split, WRITE, {"split", "difference"}),
     "applied twice": Plant(SqliteStore, "_happened", lambda: lambda *_: False, LIE, {"answer", "difference"}),
     "failed sync ignored": Plant(SqliteStore, "_happened", lambda: lambda *_: True, SYNC, {"poison", "lost"}, POWER),
-    "skipped sync": Plant(sqlite, "_intent", never_sync, NO_FAULT, {"sync"}),
+    "skipped sync": Plant(sqlite, "intent", never_sync, NO_FAULT, {"sync"}),
     "stale read": Plant(SqliteStore, "read", remember, READ, {"answer"}),
     "told wrongly": Plant(SqliteStore, "apply", deny, SYNCED, {"beyond"}, POWER),
     "untold failures": Plant(FailureLog, "record", lambda: lambda *_: None, GONE, {"told", "hole", "books", "lost"}),

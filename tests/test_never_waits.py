@@ -297,36 +297,50 @@ class Posting:
         Posting.posted += 1
 
 
-def test_posts_from_del_never_deadlock(persistency: Persistency, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise 4: 10,000 posts of `__del__`, wherever the collector strikes, beside four producers at a full mailbox."""
-    monkeypatch.setattr(Posting, "posted", 0)
-    monkeypatch.setattr(Posting, "nested", 0)
-    job = persistency.open_job("job", mailbox_ops_max=4 * BOUND, requests_max=4 * BOUND)
-    dropped, producers = 10_000, 4
-    each = dropped // producers
+# How many new objects it takes for a collection: so it strikes now at this place, now at that.
+THRESHOLDS = (1, 2, 3, 5, 7, 11, 13, 17)
 
-    def produce(me: int) -> None:
-        for number in range(me * each, (me + 1) * each):
-            Posting(job, number)
-            job.put("put", (number,), [b"x"][0])
 
+@contextmanager
+def collecting_often() -> Iterator[None]:
+    """Have only what is new collected, and leave the garbage collector as it was."""
     thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()  # or every collection would walk over all that the tests have imported
-    gc.set_threshold(1)
     try:
-        join(start(*(lambda me=me: produce(me) for me in range(producers))))  # type: ignore[misc]  # bound now
+        yield
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
-    gc.collect()
+        gc.collect()
+
+
+def test_posts_from_del_never_deadlock(persistency: Persistency, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 4: 20,000 posts of `__del__`, wherever the collector strikes, beside four producers at a full mailbox."""
+    monkeypatch.setattr(Posting, "posted", 0)
+    monkeypatch.setattr(Posting, "nested", 0)
+    job = persistency.open_job("job", mailbox_ops_max=4 * BOUND, requests_max=4 * BOUND)
+    producers, each = 4, 640
+    fresh = itertools.count()
+
+    def produce() -> None:
+        for _ in range(each):
+            number = next(fresh)
+            Posting(job, number)
+            job.put("put", (number,), b"x")
+
+    with collecting_often():
+        for threshold in THRESHOLDS:
+            gc.set_threshold(threshold)
+            join(start(*[produce] * producers))
     job.flush().result(WAIT)
-    counts = [job.count(category).result(WAIT) for category in ("put", "dropped", "committed")]
-    assert counts == [dropped, dropped, dropped // 10]
-    assert Posting.posted == dropped
+    counts = {category: job.count(category).result(WAIT) for category in ("put", "dropped", "committed")}
+    posted = len(THRESHOLDS) * producers * each
+    assert Posting.posted == posted
+    assert counts == {"put": posted, "dropped": posted, "committed": posted // 10}
     assert Posting.nested > 0  # some came in the middle of another post
     numbers = job.statistics()
-    assert (numbers.accepted, numbers.committed, numbers.pending) == (sum(counts), sum(counts), 0)
+    assert (numbers.accepted, numbers.committed, numbers.pending) == (sum(counts.values()), sum(counts.values()), 0)
 
 
 @contextmanager

@@ -68,9 +68,12 @@ class Sleeper:
             return dozed
 
     def _ring(self) -> None:
+        # Looked at again: at the entry of a call a signal handler, or `__del__`, may have rung already.
+        if not self._asleep:
+            return
         self._asleep = False
-        if self._wake is None:
+        wake, self._wake = self._wake, None
+        if wake is None:
             self._bell.release()
         else:
-            wake, self._wake = self._wake, None
             wake()

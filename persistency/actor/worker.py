@@ -140,10 +140,7 @@ class Worker:
         return self.closed
 
     def retire(self) -> Reply[None]:
-        """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves.
-
-        What they write is committed as ever, but the file isn't tidied up again: there is no last moment to do it in.
-        """
+        """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
         if self._wakes_nobody():
             self.start_unattended()
             return ready()

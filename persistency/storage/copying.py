@@ -295,6 +295,8 @@ def _seal(copy: Path, notes: dict[str, Any], vfs: str | None) -> None:
         connection.execute("BEGIN IMMEDIATE")
         for note in notes.items():
             connection.execute(schema.NOTE, note)
+        if "job_id" in notes:  # put back by hand, a job doesn't end by itself
+            connection.execute("DELETE FROM meta WHERE name = ?", (schema.ENDS,))
         connection.execute("COMMIT")
     finally:
         schema.close(connection)

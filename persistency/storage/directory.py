@@ -16,7 +16,7 @@ from pathlib import Path
 
 import apsw
 
-from persistency.errors import Misuse, Unavailable
+from persistency.errors import Corrupt, Misuse, Unavailable
 from persistency.storage import copying, files, schema, strangers
 from persistency.storage.port import StoredJob, StoreOptions
 from persistency.storage.sqlite import SqliteStore
@@ -76,6 +76,8 @@ class DirectoryRoot:
                         raise Misuse(f"job {job_id!r} is there for good: leave ttl out, or drop the job first")
                     connection.execute(schema.NOTE, (schema.ENDS, options.expires_ms))
                 return connection
+            if claim.record.expires_ms != ends_ms:  # what is to be deleted must be certain
+                raise Corrupt(f"{str(path)!r} says it has ended, but its lock file doesn't", hint="Drop the job.")
             schema.own_log(connection)
         except BaseException:
             schema.close(connection)
@@ -134,14 +136,16 @@ class DirectoryRoot:
         files.make_root(self.directory)
         claim = files.Claim(target)
         try:
-            if not files.clear_leftovers(target):
-                self._adopt(job_id, target)  # else it would be taken for the job at the next opening
-            known = claim.record
+            with contextlib.suppress(Corrupt):  # a log without its file: one more reason to restore
+                if not files.clear_leftovers(target):
+                    self._adopt(job_id, target)  # else it would be taken for the job at the next opening
+            known, was = claim.record, files.identity(target)
             claim.note(0, known.used_ms or 0, None)  # what was known is of what was there before
             try:
                 copying.restore(path, target, job_id, vfs=self._vfs)
             except BaseException:
-                claim.note(known.version, known.used_ms or 0, known.expires_ms)
+                if files.identity(target) == was:
+                    claim.note(known.version, known.used_ms or 0, known.expires_ms)
                 raise
         finally:
             claim.release()

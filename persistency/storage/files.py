@@ -192,7 +192,7 @@ class Watch:
 
     def __init__(self, database: Path) -> None:
         self._directory = str(database.parent)
-        self._found = {str(path): _identity(path) for path in (database, sidecars(database)[0])}
+        self._found = {str(path): identity(path) for path in (database, sidecars(database)[0])}
         self._changed_ns = -1  # the directory's, when it was last looked through
 
     def check(self) -> None:
@@ -204,7 +204,7 @@ class Watch:
         if changed_ns == self._changed_ns != -1:
             return  # nothing was, in there: looking at the directory is half the price
         for path, found in self._found.items():
-            if _identity(path) != found:
+            if identity(path) != found:
                 raise Corrupt(
                     f"{path!r} was removed, renamed or replaced while it was open",
                     hint="What was written since is lost; restore the job from a backup, or open what is there now.",
@@ -213,7 +213,8 @@ class Watch:
         self._changed_ns = changed_ns if time_ns() - changed_ns > _TICK_NS else -1
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """Return what tells a file from others that may get its name, or `None` if there is none."""
     try:
         found = os.stat(path, follow_symlinks=False)
     except OSError:

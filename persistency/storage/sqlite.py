@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import apsw
 
@@ -45,6 +45,8 @@ from persistency.storage.table import LATEST_MS, POINT, Table
 from persistency.storage.wal import WriteAheadLog
 
 log = logging.getLogger("persistency.storage")
+
+T = TypeVar("T")
 
 CHECKPOINT_IDLE_PAGES = 4_000  # with nobody waiting
 CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
@@ -96,7 +98,10 @@ class SqliteStore:
         # What a process that was killed has left there it may not have synced.
         self._log.unsynced = bool(size(sidecars(path)[0]))
         if self._log.unsynced and options.durability == "power":
-            self.apply([None, Barrier(sync=True), None], max(options.now_ms, latest_ms))
+            try:
+                self.apply([None, Barrier(sync=True), None], max(options.now_ms, latest_ms))
+            except OutcomeUnknown as error:  # nobody was told of anything yet
+                raise (error.__cause__ or error) from None
         self._take_note()
 
     # -- the port ------------------------------------------------------------------------------------------------
@@ -336,17 +341,18 @@ class SqliteStore:
             raise OutcomeUnknown(str(error)) from schema.translated(error, "a commit's sync failed")
         if self._table.version == before:
             return False  # a barrier alone: doing it again harms nobody
+        stored = self._stored_version(None)
+        if stored is None:
+            raise OutcomeUnknown(str(error)) from schema.translated(error, "a commit failed half way")
+        return stored == self._table.version
+
+    def _stored_version(self, otherwise: T) -> int | T:
         try:
             row = self._execute("SELECT value FROM meta WHERE name = 'last_version'").fetchone()
         except apsw.Error:
-            raise OutcomeUnknown(str(error)) from schema.translated(error, "a commit failed half way")
-        return bool(row[0] == self._table.version)
-
-    def _stored_version(self, otherwise: int) -> int:
-        try:
-            return int(self._execute("SELECT value FROM meta WHERE name = 'last_version'").fetchone()[0])
-        except apsw.Error:
             return otherwise
+        # Of a damaged file there may be anything: the error that came first counts, not one about this.
+        return row[0] if row is not None and type(row[0]) is int else otherwise
 
     def _recall_quota(self) -> None:
         """Take the bytes in use from the file: what has taken no version may have been committed all the same."""

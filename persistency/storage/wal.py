@@ -76,5 +76,5 @@ class WriteAheadLog:
 
     def _pin(self) -> None:
         if not self.pinned:
-            log.warning("%s: another process reads there, so that its log can't be cut off; it grows on", self._name)
+            log.warning("%s: somebody is reading there, so that its log can't be cut off; it grows on", self._name)
         self.pinned = True

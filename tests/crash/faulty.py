@@ -297,6 +297,7 @@ def rig(*, hurried: bool = False) -> Iterator[None]:
             (sqlite, "CHECKPOINT_IDLE_PAGES", 12),
             (sqlite, "CHECKPOINT_FORCED_PAGES", 30),
             (upkeep, "REAP_SECONDS", 0.01),
+            (upkeep, "RETRY_SECONDS", 0.01),
             (upkeep, "FOLD_SECONDS", 0.001 if hurried else 5.0),
             (turns, "RETRY_SECONDS_MIN", 0.002),
             (turns, "RETRY_SECONDS_MAX", 0.02),
