@@ -42,6 +42,7 @@ from persistency.job import Job
 from persistency.kvstore import KVStore
 from persistency.mapping import CategoryMapping
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
+from persistency.reader import Reader
 from persistency.shared import Collection, MergePool, Record, SharedChange, SharedStore
 from persistency.storage.port import StoredJob
 from persistency.transaction import Transaction
@@ -86,6 +87,7 @@ __all__ = [
     "Put",
     "QuotaExceeded",
     "RawKey",
+    "Reader",
     "Record",
     "Reply",
     "Row",

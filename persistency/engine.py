@@ -31,12 +31,14 @@ from persistency.errors import Closed, Failure, Forked, JobNotFound, Misuse, Wri
 from persistency.job import Job
 from persistency.ops import Ttl
 from persistency.options import DEFAULT, Default, JobOptions, OnError, checked
+from persistency.reader import Readers, Reading
 from persistency.registry import Opener, Site
 from persistency.slots import Slots
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.files import real_root
 from persistency.storage.memory import MemoryRoot
 from persistency.storage.port import Durability
+from persistency.storage.reading import SqliteReader
 from persistency.sweeps import Sweeping
 
 MEMORY = ":memory:"
@@ -65,7 +67,7 @@ def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
         return site, path
 
 
-class Persistency(Sweeping):
+class Persistency(Sweeping, Reading):
     """A root directory of jobs. Any thread may use it.
 
     `root`: a directory, existing or not, or `":memory:"`. `max_live_jobs` is how many jobs may have a thread and a
@@ -100,6 +102,7 @@ class Persistency(Sweeping):
         self._site, self._path = _site(root)
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
+        self._readers = Readers(SqliteReader)
         self._options: dict[str, Any] = {}  # what `instance` was first called with
         self._opener = Opener(self._read_ms, self._exit_timeout, slots, _forgetter(weakref.ref(self)))
         self._forked = False
@@ -316,7 +319,7 @@ class Persistency(Sweeping):
                 job._check_outside()
             self._closed = True
             jobs, self._jobs = self._jobs, {}
-        leaving = {job_id: job._leave() for job_id, job in jobs.items()}
+        leaving = {job_id: job._leave() for job_id, job in jobs.items()} | self._readers.leave()
         failures: list[Failure] = []
         omitted = 0
         first: Exception | None = None

@@ -48,6 +48,7 @@ FLOORS = [
     "coding",
     "feed",
     "engine",
+    "reader",
     "sweeps",
     "driving",
     "registry",
@@ -82,6 +83,8 @@ FLOORS = [
     "actor.tally",
     "actor",
     "storage.directory",
+    "storage.reading",
+    "storage.snapshots",
     "storage.sqlite",
     "storage.beside",
     "storage.group",
@@ -110,7 +113,7 @@ FLOORS = [
     "codec",
     "errors",
 ]
-ADAPTERS = {"storage.directory", "storage.sqlite", "storage.memory"}
+ADAPTERS = {"storage.directory", "storage.sqlite", "storage.reading", "storage.memory"}
 
 # Each outside thing has one door.
 DOORS = {

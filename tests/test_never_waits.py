@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -273,6 +275,29 @@ def test_a_loop_thread_enters_no_wait_beside_busy_threads(watch: Watch, persiste
     assert job.count("c").result(WAIT) == paced + 3 * each
 
 
+def test_a_loop_thread_enters_no_wait_for_a_resting_job(watch: Watch, tmp_path: Path) -> None:
+    """Promise 4: nor is it waited for that a job that rests can be woken, while there is no place for it."""
+    with Persistency(tmp_path, max_live_jobs=1) as persistency:
+        resting = persistency.open_job("resting", mailbox_ops_max=BOUND)
+        busy = persistency.open_job("busy")
+        with held(busy) as gate:
+            watch.noted.clear()  # of the openings
+
+            async def main() -> None:
+                for number in range(2 * BOUND):
+                    resting.put("c", (number,), b"x")
+                with pytest.raises(Overloaded, match="event loop"):
+                    resting.put("c", ("one too many",), b"x")
+                count, flushed = resting.count("c"), resting.flush()
+                assert not watch.of(get_ident())
+                assert not count.done()
+                gate.set()
+                await flushed
+                assert await count == 2 * BOUND
+
+            asyncio.run(main())
+
+
 # -- posts from awkward places ----------------------------------------------------------------------------------------
 
 
@@ -343,6 +368,75 @@ def test_posts_from_del_never_deadlock(persistency: Persistency, monkeypatch: py
     assert (numbers.accepted, numbers.committed, numbers.pending) == (sum(counts.values()), sum(counts.values()), 0)
 
 
+def interrupted(verb: Callable[[], object], at: int, handler: Callable[[], object]) -> bool:
+    """Do something, with a handler called where its `at`th function is entered, or a built-in one has returned.
+
+    Those are where the interpreter looks for signals. Returns whether there were so many.
+    """
+    left = at
+
+    def look(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal left
+        if event in ("call", "c_return"):
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                handler()
+
+    sys.setprofile(look)
+    try:
+        verb()
+    finally:
+        sys.setprofile(None)
+    return left < 0
+
+
+HANDLERS: dict[str, Callable[[Job, int], Any]] = {
+    "put": lambda job, number: job.put("handler", (number,), b"x"),
+    "commit": lambda job, number: job.commit(Put("handler", (number,), b"x")),
+    "get": lambda job, number: job.get("handler", (number,)),
+    "flush": lambda job, number: job.flush(),
+}
+
+
+# Inside a job's own run() its requests are Misuse, a handler's too.
+INTERRUPTED = [("run", "put"), *itertools.product(["put", "persist", "delete", "commit", "get", "scan"], HANDLERS)]
+
+
+def wait_until_asleep(job: Job) -> None:
+    """Wait until a job's worker has nothing to do, so that the next post has to wake it."""
+    deadline = monotonic() + WAIT
+    while not job._mailbox._asleep:
+        assert monotonic() < deadline
+        sleep(0)
+
+
+@pytest.mark.parametrize("bound", [1, 8192])
+@pytest.mark.parametrize(("verb", "handler"), INTERRUPTED)
+def test_a_handler_may_post_at_any_moment(persistency: Persistency, verb: str, handler: str, bound: int) -> None:
+    """Promise 4: wherever a call is interrupted, its own post and the handler's are both taken, and answered."""
+    job = persistency.open_job("job", mailbox_ops_max=bound, requests_max=bound)
+    asked: list[Any] = []
+
+    def call(number: int) -> None:
+        reply = {**OPS, **REQUESTS}[verb](job, number)
+        if reply is not None:
+            reply.result(WAIT)
+
+    def try_at(number: int) -> bool:
+        wait_until_asleep(job)
+        return interrupted(lambda: call(number), number, lambda: asked.append(HANDLERS[handler](job, number)))
+
+    moments = next(number for number in itertools.count() if not try_at(number))
+    assert len(asked) == moments > 3
+    for reply in asked:
+        if reply is not None:
+            reply.result(WAIT)
+    job.flush().result(WAIT)
+    assert job.count("handler").result(WAIT) == (moments if handler in ("put", "commit") else 0)
+    assert job.count("c").result(WAIT) == (moments + 1 if verb in ("put", "persist", "commit") else 0)
+
+
 @contextmanager
 def alarmed(handler: Callable[[], object], seconds: float) -> Iterator[None]:
     """Have a signal handler called in the main thread, over and over."""
@@ -373,7 +467,7 @@ def test_posts_and_requests_from_a_signal_handler_never_deadlock(persistency: Pe
                 lambda: job.flush(),
             )
             replies.append(asked[number % len(asked)]())
-            replies[number // 2].cancel()
+            replies[len(replies) // 2].cancel()
 
     def produce() -> None:
         while len(replies) < wanted:
@@ -399,8 +493,9 @@ def test_posts_and_requests_from_a_signal_handler_never_deadlock(persistency: Pe
     assert job.count("main").result(WAIT) == next(turns)
 
 
-def test_posts_from_callbacks_never_deadlock(persistency: Persistency) -> None:
+def test_posts_from_callbacks_never_deadlock(persistency: Persistency, caplog: pytest.LogCaptureFixture) -> None:
     """Promise 4: what callbacks and `on_error` post at a full mailbox is taken, in whatever thread they run."""
+    caplog.set_level(logging.CRITICAL, "persistency")  # hundreds of failures are part of it
     told, corrected = threading.Semaphore(0), itertools.count()
 
     def on_error(job_id: str, failures: Any) -> None:

@@ -628,6 +628,68 @@ def test_an_opening_that_fails_leaves_nothing(p: Persistency, tmp_path: Path) ->
     p.open_reader("alpha").close()
 
 
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Openings that wait: the first event says that one has begun, the second lets them go on."""
+    begun, go_on = threading.Event(), threading.Event()
+    connect = SqliteReader._connect
+
+    def wait_and_connect(self: SqliteReader, now_ms: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        connect(self, now_ms)
+
+    monkeypatch.setattr(SqliteReader, "_connect", wait_and_connect)
+    yield begun, go_on
+    go_on.set()
+
+
+def test_an_opening_that_takes_too_long(p: Persistency, held: tuple[threading.Event, threading.Event]) -> None:
+    """After `open_timeout` the caller is told, and what opens all the same, later, is closed again."""
+    p.open_job("alpha").close()
+    begun, go_on = held
+    before = set(threading.enumerate())
+    with Persistency(p.root, open_timeout=0.01) as hasty:
+        with pytest.raises(TimeoutError):
+            hasty.open_reader("alpha")
+        assert begun.wait(60)
+        left = set(threading.enumerate()) - before
+        assert len(left) == 1
+        go_on.set()
+        for thread in left:
+            thread.join(60)
+            assert not thread.is_alive()
+    with p.open_reader("alpha") as reader:
+        assert rows(reader) == []
+
+
+def test_a_root_that_is_closed_while_a_reader_opens(
+    p: Persistency, held: tuple[threading.Event, threading.Event]
+) -> None:
+    """Who opens a reader of a root that is closed meanwhile is told so, and no reader stays behind."""
+    p.open_job("alpha").close()
+    begun, go_on = held
+    before = set(threading.enumerate())
+    raised: list[BaseException] = []
+
+    def open_one() -> None:
+        try:
+            p.open_reader("alpha")
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=open_one)
+    thread.start()
+    assert begun.wait(60)
+    p.close()
+    go_on.set()
+    thread.join()
+    assert [type(error) for error in raised] == [Closed]
+    for left in set(threading.enumerate()) - before:
+        left.join(60)
+    assert set(threading.enumerate()) <= before
+
+
 # -- asyncio -----------------------------------------------------------------------------------------------------
 
 
@@ -739,7 +801,7 @@ if (pid := os.fork()) == 0:
             print("forked", flush=True)
     with Persistency(sys.argv[1]) as mine, mine.open_reader("alpha") as other:
         print(other.get("c", key(1)).result(), flush=True)
-    del reader
+    del ask, reader
     sys.exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 print(reader.get("c", key(1)).result(), flush=True)

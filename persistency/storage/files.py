@@ -187,22 +187,41 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+class _Folder:
+    """An open directory, one for all who watch files in it."""
+
+    def __init__(self, path: str) -> None:
+        self.handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self.handle)
+
+
+_folders: weakref.WeakValueDictionary[str, _Folder] = weakref.WeakValueDictionary()
+
+
+def _folder(path: str) -> _Folder:
+    found = _folders.get(path)
+    if found is None or not os.path.samestat(os.fstat(found.handle), os.stat(path)):
+        found = _folders[path] = _Folder(path)
+    return found
+
+
 class Watch:
     """Sees when a job's database or log is no longer what is found under its name."""
 
     def __init__(self, database: Path) -> None:
-        self._directory = str(database.parent)
+        self._folder = _folder(str(database.parent))
         self._found = {str(path): identity(path) for path in (database, sidecars(database)[0])}
         self._changed_ns = -1  # the directory's, when it was last looked through
 
     def check(self) -> None:
         """Raise `Corrupt` if one of the files was removed, renamed or replaced."""
-        try:
-            changed_ns = os.stat(self._directory).st_mtime_ns
-        except OSError:
-            changed_ns = -1
-        if changed_ns == self._changed_ns != -1:
-            return  # nothing was, in there: looking at the directory is half the price
+        # That changes their directory, which is open: to look at it costs a third. So does renaming the directory.
+        changed_ns = os.fstat(self._folder.handle).st_ctime_ns
+        if changed_ns == self._changed_ns:
+            return
         for path, found in self._found.items():
             if identity(path) != found:
                 raise Corrupt(

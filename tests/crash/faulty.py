@@ -766,6 +766,8 @@ class Play:
 
     def _finish(self) -> None:
         self._close()
+        if self.poisoned and self.fault.sticky:
+            self._open_in_vain()
         self.persistency.close()
         self.disk.disarm()
         self.disk.phase = "over"
@@ -804,6 +806,22 @@ class Play:
                 self.disk.phase = "live"
                 return
         raise _Over
+
+    def _open_in_vain(self) -> None:
+        """Open what a poisoned job has left while the disk still fails: it may be refused, or be of little use."""
+        self.disk.phase = "open"
+        options = {**self.variant.options, "stall_timeout": STALL_SECONDS}
+        with mock.patch.object(upkeep.Upkeep, "_may_reap", return_value=False):
+            try:
+                job = self.persistency.open_job("job", **options)
+                try:
+                    job.count("c").result(self.limit)
+                finally:
+                    job.close(self.limit)
+            except (StorageError, Poisoned):
+                pass
+            except Exception as error:
+                self.find("error", f"opening a poisoned job again, the disk still failing, gave {error!r}")
 
     def _close(self) -> None:
         """Close the job and look at its books for the last time."""

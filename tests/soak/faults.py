@@ -88,8 +88,7 @@ def _full(name: str, run: Full, times: int, until: float, tell: Tell) -> Part:
         with tempfile.TemporaryDirectory(prefix="full-", dir=memory_disk()) as directory:
             findings, why_not = run(Path(directory), patient=done % 2 == 0)
         if why_not:
-            part.cells["other"] = "skipped"
-            tell(f"{name}: {why_not}")
+            part.name = f"{name}: skipped, {why_not}"
             break
         part.wrong += [f"{name}, time {done}: {finding}" for finding in findings]
         done += 1

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from persistency.errors import (
     Closed,
     Corrupt,
     FeedTruncated,
+    Forked,
     JobNotFound,
     Misuse,
     SchemaTooNew,
     StorageError,
     Unavailable,
 )
-from persistency.storage import reading, snapshots
+from persistency.storage import reading, schema, snapshots
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import (
     CountRange,
@@ -321,6 +323,22 @@ def test_changes_are_read_where_they_are_kept(root: DirectoryRoot) -> None:
     assert reader is not None
     truncated = reader.read(ListChanges(0, 10), NOW_MS)
     assert type(truncated.error) is FeedTruncated
+    reader.close()
+
+
+def test_the_owners_count_of_bytes_is_believed(root: DirectoryRoot) -> None:
+    """Where its owner counts the bytes in use a reader takes them from there, without looking at every row."""
+    owner = root.open("alpha", StoreOptions(max_bytes=1_000))
+    owner.apply(group(put(b"c", b"k", b"12345")), NOW_MS)
+    reader = SqliteReader(root.path("alpha"), "alpha")
+    assert reader.read(UsedBytes(), NOW_MS) == 5
+    owner.close()
+    with closing(sqlite3.connect(root.path("alpha"))) as stranger, stranger:
+        stranger.execute("UPDATE meta SET value = 777 WHERE name = 'used_bytes'")
+    assert reader.read(UsedBytes(), NOW_MS) == 777
+    with closing(sqlite3.connect(root.path("alpha"))) as stranger, stranger:
+        stranger.execute("DELETE FROM meta WHERE name = 'used_bytes'")
+    assert reader.read(UsedBytes(), NOW_MS) == 5
     reader.close()
 
 
@@ -651,6 +669,7 @@ def test_a_file_that_is_no_job_of_ours_is_refused(place: Path, make: Any, error:
 def test_a_file_that_stays_locked_is_unavailable(root: DirectoryRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever keeps the file to itself is waited for a little, and then the reader says that it is in use."""
     monkeypatch.setattr(snapshots, "READ_BUSY_MS", 20)
+    monkeypatch.setattr(schema, "BUSY_MS", 1_000_000)  # so long an owner may wait: here it would be a hang
     store = root.open("alpha", StoreOptions())
     store.apply(group(put(b"c", b"k", b"1")), NOW_MS)
     store.close()
@@ -664,7 +683,48 @@ def test_a_file_that_stays_locked_is_unavailable(root: DirectoryRoot, monkeypatc
     stranger.close()
     reader = SqliteReader(root.path("alpha"), "alpha")
     assert reader.get(b"c", b"k", NOW_MS) == b"2"
+    looks = []
+    look = Snapshots.look
+    monkeypatch.setattr(Snapshots, "look", lambda self, *args: looks.append(1) or look(self, *args))
+    path = root.path("alpha")
+    path.rename(path.with_name("elsewhere"))
+    assert {type(outcome.error) for outcome in reader.apply(group(*QUESTIONS), NOW_MS)} == {Unavailable}
+    path.with_name("elsewhere").rename(path)
+    assert looks == []
     reader.close()
+
+
+def test_a_group_waits_for_a_locked_file_only_once(root: DirectoryRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for together fails together, after one wait, when somebody keeps the file to himself."""
+    monkeypatch.setattr(snapshots, "READ_BUSY_MS", 20)
+    root.open("alpha", StoreOptions()).close()
+    with closing(apsw.Connection(str(root.path("alpha")))) as stranger:
+        stranger.pragma("journal_mode", "delete")
+        reader = SqliteReader(root.path("alpha"), "alpha")
+        stranger.execute("BEGIN EXCLUSIVE")
+        looks = []
+        look = Snapshots.look
+        monkeypatch.setattr(Snapshots, "look", lambda self, *args: looks.append(1) or look(self, *args))
+        errors = [outcome.error for outcome in reader.apply(group(*QUESTIONS), NOW_MS)]
+        assert {(type(error), error.code) for error in errors} == {(Unavailable, apsw.SQLITE_BUSY)}
+        assert len(looks) == 1
+        stranger.execute("COMMIT")
+    assert reader.read(LastVersion(), NOW_MS) == 0
+    reader.close()
+
+
+def test_a_reader_of_the_parents_is_none_of_the_childs(owner: SqliteStore, reader: SqliteReader) -> None:
+    """What was disowned, as after a fork, raises `Forked` for good, whether it was in use or not."""
+    for quiet in (True, False):
+        other = SqliteReader(owner._path, "alpha")
+        other.disown(quiet=quiet)
+        with pytest.raises(Forked):
+            other.get(b"c", b"k", NOW_MS)
+        other.disown(quiet=quiet)
+        other.close()
+    assert reader.get(b"c", b"k", NOW_MS) == b"1"
+    owner.apply(group(put(b"c", b"k", b"2")), NOW_MS)
+    assert reader.get(b"c", b"k", NOW_MS) == b"2"
 
 
 @pytest.mark.parametrize("code", [apsw.SQLITE_IOERR_READ, apsw.SQLITE_CORRUPT, apsw.SQLITE_NOMEM, apsw.SQLITE_PROTOCOL])
@@ -688,6 +748,7 @@ def test_a_disk_that_fails_a_read(root: DirectoryRoot, disk: FaultyDisk, code: i
             except StorageError as error:
                 failures += 1
                 assert error.__cause__ is not None
+                assert isinstance(error, Unavailable) == (code == apsw.SQLITE_PROTOCOL)
         outcomes = reader.apply(group(*questions), NOW_MS)
         fired = disk.fired
         disk.disarm()
@@ -791,6 +852,52 @@ def test_a_still_file_that_is_touched_in_the_middle_of_a_read(
     path.with_name("copy").rename(path)
     with pytest.raises(Unavailable, match="its file was replaced"):
         reader.get(b"c", b"k", NOW_MS)
+    reader.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_still_file_that_is_touched_while_it_is_opened(
+    root: DirectoryRoot, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """What is seen while opening isn't relied on if somebody writes, or puts another file there, at that moment."""
+    path = root.path("alpha")
+    monkeypatch.setattr(reading._Place, "may_have_log", lambda _self: False)
+
+    def write(payload: bytes) -> None:
+        store = root.open("alpha", StoreOptions())
+        store.apply(group(put(b"c", b"k", payload)), NOW_MS)
+        store.close()
+        os.utime(path, ns=(1, int(payload)))
+
+    write(b"1")
+    reader = SqliteReader(path, "alpha")
+    assert reader.get(b"c", b"k", NOW_MS) == b"1"
+    look, looks = Snapshots.look, 0
+
+    def look_and_write(self: Snapshots, *args: Any) -> Any:
+        nonlocal looks
+        found = look(self, *args)
+        looks += 1
+        if looks == 1:
+            write(b"3")
+        return found
+
+    write(b"2")
+    monkeypatch.setattr(Snapshots, "look", look_and_write)
+    if replaced:
+        check = reading._Place.check
+
+        def check_and_replace(self: reading._Place, job_id: str) -> None:
+            check(self, job_id)
+            shutil.copy(path, path.with_name("copy"))
+            path.with_name("copy").rename(path)
+
+        monkeypatch.setattr(reading._Place, "check", check_and_replace)
+        with pytest.raises(Unavailable, match="its file was replaced"):
+            reader.get(b"c", b"k", NOW_MS)
+    else:
+        assert reader.get(b"c", b"k", NOW_MS) == b"3"
+        assert looks >= 3
     reader.close()
 
 
