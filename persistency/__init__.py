@@ -40,6 +40,7 @@ from persistency.errors import (
 from persistency.feed import ChangeFeed
 from persistency.job import Job
 from persistency.kvstore import KVStore
+from persistency.lifecycle import install_signal_handlers
 from persistency.mapping import CategoryMapping
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
 from persistency.reader import Reader
@@ -100,6 +101,7 @@ __all__ = [
     "Transaction",
     "Unavailable",
     "WriteFailed",
+    "install_signal_handlers",
     "key",
     "typed",
 ]  # fmt: skip

@@ -65,10 +65,15 @@ def look_after(job_id: str, worker: Worker, failures: FailureLog, exit_timeout: 
 
 def begin(worker: Worker) -> None:
     """Start a worker: its thread, or, once main has ended, its store alone, which posters then serve themselves."""
-    if threading.main_thread().is_alive() and not _exiting:
-        worker.start()
-    else:
+    if ends():
         worker.start_unattended()
+    else:
+        worker.start()
+
+
+def ends() -> bool:
+    """Say whether the process is about to end: no thread can be relied on any more."""
+    return _exiting or not threading.main_thread().is_alive()
 
 
 def forget(worker: Worker) -> None:

@@ -107,4 +107,5 @@ def checked(given: dict[str, Any]) -> dict[str, Any]:
 def differing(options: JobOptions, given: dict[str, Any]) -> list[str]:
     """Return the names of the given options that differ from a job's own."""
     names = {field.name for field in fields(JobOptions)}
-    return sorted(name for name in names & given.keys() if getattr(options, name) != given[name])
+    different = [name for name in names & given.keys() if getattr(options, name) != given[name]]
+    return sorted(name.removesuffix("_ms") for name in different)

@@ -174,7 +174,7 @@ class Site:
             try:
                 lifecycle.look_after(job_id, entry.worker, entry.failures, opener.exit_timeout)
                 entry.worker.closed.add_done_callback(lambda _closed: self._gone(job_id, fresh))
-                if entry.place is None:
+                if entry.place is None or not entry.place.served or lifecycle.ends():
                     lifecycle.begin(entry.worker)
                 else:
                     entry.worker.doze()
@@ -241,7 +241,7 @@ class Site:
         last = False
         try:
             with self._lock:
-                if job.closed:
+                if job._closed:
                     return ready()
                 mailbox = job._shut()
                 entry.leases.discard(lease)

@@ -14,6 +14,7 @@ Doesn't know: jobs' ids and files, what a worker does.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import deque
 from queue import Empty, SimpleQueue
@@ -22,6 +23,8 @@ from time import monotonic
 from persistency import lifecycle
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.worker import Worker
+
+log = logging.getLogger("persistency")
 
 LOOK_SECONDS = 1.0  # while somebody waits: a job can become idle without anybody noticing
 
@@ -50,9 +53,10 @@ class Slots:
         with self._lock:
             self._places.add(place)
             if self._opener is None:
-                self._opener = threading.Thread(target=self._open, name="persistency:opener", daemon=True)
-                with contextlib.suppress(RuntimeError):  # the interpreter exits: who comes now serves himself
-                    self._opener.start()
+                opener = threading.Thread(target=self._open, name="persistency:opener", daemon=True)
+                with contextlib.suppress(RuntimeError):  # out of threads, or the interpreter exits: see `served`
+                    opener.start()
+                    self._opener = opener
         return place
 
     def remove(self, place: Place) -> None:
@@ -71,14 +75,19 @@ class Slots:
 
     def pressed(self) -> bool:
         """Say whether somebody waits for whom nobody was asked to rest yet."""
-        return len(self._waiting) > len(self._asked)
+        return self._missing() > 0
+
+    def _missing(self) -> int:
+        """Return how many more have to rest."""
+        if self.live_max is None:
+            return 0
+        return len(self._waiting) - max(0, self.live_max - len(self._live)) - len(self._asked)
 
     def wanted(self, place: Place) -> bool:
         """Say whether an idle worker has to rest."""
-        with self._lock:
-            if place not in self._asked and self.pressed():
-                self._asked.add(place)
-            return place in self._asked
+        if self.pressed():
+            self._ask()
+        return place in self._asked
 
     def decline(self, place: Place) -> None:
         """Note that a worker that was asked to rest has work again."""
@@ -106,17 +115,23 @@ class Slots:
 
     def _open(self) -> None:
         while True:
-            with contextlib.suppress(Empty):
-                self._bells.get(timeout=LOOK_SECONDS if self._waiting else None)
-            with self._lock:
-                if not self._places and not self._woken:
-                    self._opener = None
-                    return
-            self._line_up()
-            for place in self._granted():
-                lifecycle.begin(place.worker)
-            self._give_up()
-            self._ask()
+            try:
+                with contextlib.suppress(Empty):
+                    self._bells.get(timeout=LOOK_SECONDS if self._waiting else None)
+                with self._lock:
+                    if not self._places and not self._woken:
+                        self._opener = None
+                        return
+                self._look_round()
+            except BaseException:  # whatever is thrown in here, everybody else waits for this thread
+                log.exception("a job couldn't be woken")
+
+    def _look_round(self) -> None:
+        self._line_up()
+        for place in self._granted():
+            lifecycle.begin(place.worker)
+        self._give_up()
+        self._ask()
 
     def _line_up(self) -> None:
         with self._lock:
@@ -140,7 +155,7 @@ class Slots:
             for place in late:
                 del self._waiting[place]
         for place in late:
-            place.worker.could_not_wake(TimeoutError(self.busy()))
+            place.worker.could_not_start(TimeoutError(self.busy()))
 
     def busy(self) -> str:
         """Say why there is no slot."""
@@ -150,8 +165,8 @@ class Slots:
         """Ask as many to rest as there are who wait, those first that were used the longest ago."""
         with self._lock:
             idle = [place for place in self._live - self._asked if place.worker.looks_idle]
-            idle.sort(key=lambda place: place.worker.used_at)
-            asked = idle[: max(0, len(self._waiting) - len(self._asked))]
+            idle.sort(key=lambda place: place.worker.turns.used_at)
+            asked = idle[: max(0, self._missing())]
             self._asked.update(asked)
         for place in asked:
             place.mailbox.ring()
@@ -191,6 +206,11 @@ class Place:
     def wake(self) -> None:
         """Have the worker started again as soon as there is a slot."""
         self._slots.wake(self)
+
+    @property
+    def served(self) -> bool:
+        """Whether there is a thread that starts workers."""
+        return self._slots._opener is not None
 
     def remove(self) -> None:
         """Forget the job: it is closed."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from os import PathLike
 
 from persistency.arguments import as_file
@@ -34,7 +35,7 @@ def _as_bytes(value: object, argument: str) -> int:
     found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if found is None:
         raise Misuse(f'{argument} must be bytes, not {value!r}: pass 500_000_000, "500MB" or "2GiB"')
-    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    return int(Fraction(found[1]) * _UNITS[(found[2] or "").lower()])
 
 
 def _dropped_to_fit(stored: Iterable[StoredJob], max_bytes: int, drop: Callable[[str], bool]) -> list[str]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Condition, get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 from persistency.actor.bounds import Bounds, Level, Poster, Queue, overloaded, standing
 from persistency.actor.door import Door, Refusal
@@ -28,6 +28,8 @@ from persistency.actor.reply import FINISHED, Reply, running_loop
 from persistency.actor.settling import cancel, pending, ready, settle_all
 from persistency.errors import PersistencyError, StorageError
 from persistency.storage.port import PLACES, GetRow, Group
+
+T = TypeVar("T")
 
 _new_reply = Reply.__new__
 
@@ -111,24 +113,27 @@ class Mailbox(Door):
         """Answer a read: in place where `get` would be; under an event loop only if it is a `point` read."""
         reply = None
         if not self._messages and ((point and self._inline) or running_loop() is None):
-            reply = self._in_place(self.read_in_place, message)
+            reply = self._in_place("read_in_place", message)
         return self.ask(message, reads=True) if reply is None else reply
 
     def write(self, message: Any, ops: int, nbytes: int, *, free: bool = False) -> Reply[Any]:
         """Answer a request that writes, or a barrier: in place for a plain thread that finds the job idle."""
         reply = None
         if not self._messages and running_loop() is None:
-            reply = self._in_place(self.write_in_place, message, ops)
+            reply = self._in_place("write_in_place", message, ops)
         return self.ask(message, reads=False, ops=ops, nbytes=nbytes, free=free) if reply is None else reply
 
-    def _in_place(self, serve: Callable[..., Reply[Any]] | None, *args: Any) -> Reply[Any] | None:
+    def _in_place(self, how: str, *args: Any) -> Reply[Any] | None:
         token = object()
         try:
             with self._lock:
                 if self._refusal is None and not self._messages and not self._rung:
                     self.hold(token)
-            if serve is not None and self._holder is token:
-                return serve(*args)
+            if self._holder is token:
+                serve: Callable[..., Reply[Any]] | None = getattr(
+                    self, how
+                )  # with the turn: else the job may go to rest
+                return None if serve is None else serve(*args)
         except StorageError:
             pass  # Nothing was applied. The worker knows how to wait until it can be.
         finally:
@@ -173,6 +178,9 @@ class Mailbox(Door):
     def _stirs(self) -> bool:
         return (self._rung or bool(self._messages) or self._closed) and self._holder is None
 
+    def _ends(self) -> bool:
+        return self.ended
+
     def serve_in_place(
         self,
         get: Callable[[bytes, bytes], bytes | None] | None,
@@ -213,7 +221,7 @@ class Mailbox(Door):
         replies = [reply for category, reply in line if category is None and reply is not None]
         return replies if self._drained is None else [*replies, self._drained]
 
-    def as_one(self, act: Callable[[Level], Any], *, taken: int = 0) -> Any:
+    def as_one(self, act: Callable[[Level], T], *, taken: int = 0) -> T:
         """Return what `act` makes of the level, as one step for who looks; `taken` operations never stood in line."""
         if self.abandoned is not None:
             raise self.abandoned

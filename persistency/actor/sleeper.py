@@ -32,6 +32,10 @@ class Sleeper:
         """Say whether there is something to do. To be overridden; the lock is held."""
         return self._rung
 
+    def _ends(self) -> bool:
+        """Say whether nothing will ever come any more. To be overridden; the lock is held."""
+        return False
+
     def wait(self, seconds: float | None = None) -> None:
         """Sleep until there is something to do, somebody rings, or `seconds` are over."""
         with self._lock:
@@ -51,13 +55,19 @@ class Sleeper:
             if self._asleep:
                 self._ring()
 
-    def doze(self, wake: Callable[[], None]) -> None:
-        """From now on there is no thread that sleeps here: call `wake`, once, when there is something to do."""
+    def doze(self, wake: Callable[[], None]) -> bool:
+        """From now on there is no thread that sleeps here: call `wake`, once, when there is something to do.
+
+        Returns whether that is so; not if nothing will ever come.
+        """
         with self._lock:
+            if self._ends():
+                return False
             self._wake = wake
             self._asleep = True
             if self._stirs():
                 self._ring()
+            return True
 
     def wake_up(self) -> bool:
         """End the dozing without `wake` being called; return whether it was that that had to be ended."""

@@ -83,8 +83,11 @@ class Upkeep:
 
     def is_planned(self) -> bool:
         """Say whether the worker will wake in time for the next row that ends, and for what is to be synced."""
-        if self._log is not None and self._sync_at is None and self._fold_at is None and self._log.unsynced:
-            return False
+        if self._log is not None:
+            if self._sync_at is None and self._sync_interval is not None and self._log.unsynced:
+                return False
+            if self._fold_at is None and self._store.status().last_version != self._version:
+                return False
         ends_ms = self._store.next_expiry_ms
         if ends_ms is None:
             return True

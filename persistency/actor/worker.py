@@ -77,8 +77,8 @@ class Worker:
         self._tally = Tally()
         self._failures = failures
         self._accounts = Accounts(self._tally, failures, mailbox, self.waiters, name_ops)
-        self._turns = Turns(job_id, mailbox, self._accounts, self.waiters, self._tally, clock, stall_timeout)
-        self._turns.written = self._after_write_in_place
+        self.turns = Turns(job_id, mailbox, self._accounts, self.waiters, self._tally, clock, stall_timeout)
+        self.turns.written = self._after_write_in_place
         self._serve_late = partial(self.serve, patience=LATE_TURN_SECONDS_MAX)
         self._upkeep: Upkeep | None = None
         self._resting = False  # without a store and a thread, until somebody posts
@@ -90,12 +90,7 @@ class Worker:
     @property
     def store(self) -> Store | None:
         """The store, while it is open."""
-        return self._turns.store
-
-    @property
-    def used_at(self) -> float:
-        """When the job was last used, by the monotonic clock."""
-        return self._turns.used_at
+        return self.turns.store
 
     @property
     def looks_idle(self) -> bool:
@@ -116,7 +111,7 @@ class Worker:
                 self._over = not begun
             if begun:  # an interrupt, and the thread lives: whoever has called closes what it opens
                 raise
-            self._not_started(error)
+            self.could_not_start(error)
 
     def start_unattended(self) -> None:
         """Open the store in this thread and serve every poster in its own; for when no thread can be started."""
@@ -127,8 +122,8 @@ class Worker:
     def close(self, *, drain: bool = True) -> Reply[None]:
         """Refuse further posts, run what waits (or fail it with `Closed`), close the store; `closed` tells."""
         if not drain:
-            self._turns.discards = True
-            self._turns.hurry.set()
+            self.turns.discards = True
+            self.turns.hurry.set()
         dozed = self._wakes_nobody()
         self.mailbox.close(lambda: Closed(f"job {self._job_id!r} is closed"))
         if dozed and self._slot is not None:
@@ -154,9 +149,8 @@ class Worker:
 
     def doze(self) -> None:
         """Wait for the first post, or a ring, before the store is opened. Instead of `start`, where there is a slot."""
-        assert self._slot is not None
         self._resting = True
-        self.mailbox.doze(self._slot.wake)
+        self._lie_down()
 
     def _wakes_nobody(self) -> bool:
         """End the rest of a worker without a thread; return whether it was resting."""
@@ -164,13 +158,9 @@ class Worker:
 
     def statistics(self) -> Statistics:
         """Return the numbers of this instant."""
-        store = self.store
-        status = None if store is None else store.status()
-        commit_ms = self._tally.percentiles()
-        now: Statistics = self.mailbox.as_one(
-            lambda level: self._tally.statistics(level.accepted, level.nbytes, status, commit_ms)
-        )
-        return now
+        status = None if (store := self.store) is None else store.status()
+        commit_ms, numbers = self._tally.percentiles(), self._tally.statistics
+        return self.mailbox.as_one(lambda level: numbers(level.accepted, level.nbytes, status, commit_ms))
 
     def _run(self) -> None:
         me = get_ident()
@@ -189,8 +179,8 @@ class Worker:
             # The system gives a thread's number to another one later.
             self.mailbox.worker_thread = None
             self.mailbox.never_waits.discard(me)
-            if self._resting and self._slot is not None:
-                self.mailbox.doze(self._slot.wake)
+            if self._resting:
+                self._lie_down()
 
     def _live(self) -> None:
         self.serve()
@@ -198,20 +188,21 @@ class Worker:
             try:
                 self.mailbox.wait(self._pause())
                 self.serve()
+                self._leave_to_others()
             except BaseException as error:  # thrown into this thread from outside
-                settle_all(self._turns.poison(error, "not applied", []))
+                settle_all(self.turns.poison(error, "not applied", []))
 
     def _pause(self) -> float | None:
         if self._slot is not None and self._slot.pressed() and self.looks_idle:
             return 0.0
         upkeep = self._upkeep  # another thread may poison the job at any moment
-        if upkeep is None or self._turns.poisoned:
+        if upkeep is None or self.turns.poisoned:
             return None
         pauses = [upkeep.pause()]
         if self._slot is not None and self._slot.idle_ttl is not None:
-            left = self.used_at + self._slot.idle_ttl - monotonic()
+            left = self.turns.used_at + self._slot.idle_ttl - monotonic()
             pauses.append(left if left > 0 else self._slot.idle_ttl)  # who waits for changes may keep it from resting
-        if (left_ms := self._turns.time_left_ms) is not None:
+        if (left_ms := self.turns.time_left_ms) is not None:
             pauses.append(max(0.1, left_ms / 1000))
         return min((pause for pause in pauses if pause is not None), default=None)
 
@@ -223,7 +214,7 @@ class Worker:
         `quiet` says that nobody was in the middle of a turn.
         """
         replies = [*self.mailbox.forsake(error), *self.waiters.forsake(error), self.opened, self.closed]
-        store, self._turns.store, self._upkeep = self.store, None, None
+        store, self.turns.store, self._upkeep = self.store, None, None
         self._over = self._ended = True
         if store is not None:
             store.disown(quiet=quiet)
@@ -232,7 +223,7 @@ class Worker:
     def _die(self, cause: BaseException | None) -> None:
         """See that nobody waits for a thread that ends out of turn: poison the job; who closes it serves himself."""
         cause = cause or SystemExit()
-        answers = self._turns.poison(cause, "unknown", [])
+        answers = self.turns.poison(cause, "unknown", [])
         settle_all(answers if self.opened.done() else [*answers, *self._not_opened(cause, [])])
         self._over = True
         self.mailbox.unattend(self._serve_late)
@@ -248,8 +239,8 @@ class Worker:
         self.clock.not_before(store.status().latest_ms)
         self._upkeep = Upkeep(self._job_id, store, self.mailbox, self.clock, self._sync_interval)
         self._tally.state = "live"
-        self._turns.used_at = monotonic()
-        self._turns.serve_in_place(store, notes_use=self._slot is not None)
+        self.turns.used_at = monotonic()
+        self.turns.serve_in_place(store, notes_use=self._slot is not None)
         return None
 
     def _not_opened(self, error: BaseException, group: Group) -> list[Answer]:
@@ -258,51 +249,66 @@ class Worker:
             self._slot.give_back()
         if self.opened.done():
             outcomes = [None if type(message) is Barrier else Failed(error) for message in group[1::PLACES]]
-            self._resting = True
-            return self._accounts.group(group, outcomes)
+            answers = self._accounts.group(group, outcomes)
+            self._resting = not self.mailbox.ended
+            return answers if self._resting else [*answers, *self._end()]
         self._over = self._ended = True
         behind = self.mailbox.shut(lambda: Closed(f"job {self._job_id!r} could not be opened"))
         closed = Closed(f"job {self._job_id!r} could not be opened")
-        answers: list[Answer] = [(self.opened, None, error), (self.closed, None, None)]
+        answers = [(self.opened, None, error), (self.closed, None, None)]
         answers += self._accounts.fail((group, closed, "not applied"), (behind, closed, "not applied"))
         return answers if self._retired is None else [*answers, (self._retired, None, None)]
 
-    def _not_started(self, error: BaseException) -> None:
+    def could_not_start(self, error: BaseException) -> None:
+        """Tell that nobody could start the worker: what was posted meanwhile fails."""
         token = object()
-        self._over = False
+        self._over = self._resting = False
         group = self.mailbox.take(token) or []
         answers = self._not_opened(error, group)
         self.mailbox.give_back(token)
         settle_all(answers)
-        if self._resting and self._slot is not None:
-            self.mailbox.doze(self._slot.wake)
-
-    def could_not_wake(self, error: PersistencyError | TimeoutError) -> None:
-        """Fail what was posted to a resting job that nobody could start again."""
-        self._resting = False
-        self._not_started(error)
+        if self._resting:
+            self._lie_down()
 
     def _may_rest(self) -> bool:
         slot = self._slot
-        if slot is None or self.store is None or self._over or self._retired is not None:
+        if slot is None or self.store is None or self._over or self._retired is not None or not self.looks_idle:
             return False
-        if not self.looks_idle:
-            return False
-        idle_seconds = monotonic() - self.used_at
-        return slot.wanted() or (slot.idle_ttl is not None and idle_seconds >= slot.idle_ttl)
+        return slot.wanted() or (slot.idle_ttl is not None and monotonic() - self.turns.used_at >= slot.idle_ttl)
 
-    def _rest(self) -> None:
-        assert self.store is not None
-        store, self._turns.store, self._upkeep = self.store, None, None
+    def _put_away(self, *, tidy: bool = True) -> Exception | None:
+        """Close the store; return what went wrong. In a turn."""
+        store, self.turns.store, self._upkeep = self.store, None, None
         self.mailbox.serve_in_place(None, None, None)
         try:
-            store.close()
-        except Exception:
+            if store is not None:
+                store.close(tidy=tidy)
+        except Exception as error:
             log.exception("job %r: the store couldn't be closed in order", self._job_id)
+            return error
+        finally:
+            if self._slot is not None:
+                self._slot.give_back()
+        return None
+
+    def _rest(self) -> None:
+        self._put_away()
         self._tally.state = "idle"
         self._resting = True
+
+    def _lie_down(self) -> None:
+        """Doze until somebody posts; or end, if nobody will."""
         assert self._slot is not None
-        self._slot.give_back()
+        if not self.mailbox.doze(self._slot.wake):
+            self._resting = False
+            self._serve_late()
+
+    def _leave_to_others(self) -> None:
+        """Give the slot of a poisoned job back: there is nothing it will ever need it for."""
+        token = object()
+        if self._slot is not None and self.turns.poisoned and self.store is not None and self.mailbox.hold(token):
+            self._put_away(tidy=False)
+            self.mailbox.give_back(token)
 
     # -- one turn ------------------------------------------------------------------------------------------------
 
@@ -322,12 +328,12 @@ class Worker:
             answers = self._turn(group)
         except BaseException as error:
             # A defect, or an exception somebody has thrown into this thread: nobody may be left waiting for it.
-            answers += self._turns.poison(error, "unknown", group or [])
+            answers += self.turns.poison(error, "unknown", group or [])
         finally:
             self.mailbox.give_back(token)
         settle_all(answers)
-        if not self._turns.poisoned and (upkeep := self._upkeep) is not None:
-            upkeep.look_after(self._turns, reaps=not self._over)
+        if not self.turns.poisoned and (upkeep := self._upkeep) is not None:
+            upkeep.look_after(self.turns, reaps=not self._over)
         if again and self.mailbox.ended:
             # Only now, with the last answers given: what nobody looked at is still to be raised by the closing.
             del answers
@@ -336,7 +342,7 @@ class Worker:
     def _turn(self, group: Group) -> list[Answer]:
         answers: list[Answer] = []
         again = bool(group)
-        if self.store is None and (group or not self.opened.done()) and not self._turns.poisoned:
+        if self.store is None and (group or not self.opened.done()) and not self.turns.poisoned:
             unwanted = not group and self.mailbox.ended
             error = Closed(f"job {self._job_id!r} was closed before it was open") if unwanted else self._open()
             if error is not None:
@@ -346,9 +352,9 @@ class Worker:
         if group:
             if self._slot is not None:
                 self._slot.decline()
-            answers = self._turns.decide(group)
+            answers = self.turns.decide(group)
             group.clear()  # so that an interrupt from now on fails nothing twice
-        answers += self._turns.tell_waiters()
+        answers += self.turns.tell_waiters()
         if self.mailbox.has_ended:
             self.mailbox.close(lambda: Closed(f"job {self._job_id!r} was temporary, and its time is over"))
         if self.mailbox.ended and not again:
@@ -357,7 +363,9 @@ class Worker:
             answers += self._retire()
         elif not again and self._may_rest():
             self._rest()
-        elif self.store is None and self._slot is not None and not self._over:  # woken for nothing
+        elif self._slot is not None and self._over:  # late posts to many jobs mustn't keep all of their files open
+            self._put_away()
+        elif self.store is None and self._slot is not None:  # woken for nothing
             self._resting = True
             self._slot.give_back()
         return answers
@@ -366,23 +374,14 @@ class Worker:
         upkeep = self._upkeep
         if upkeep is not None and upkeep.checkpoint_due():
             # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
-            settle_all(upkeep.do(upkeep.checkpoint, self._turns))
+            settle_all(upkeep.do(upkeep.checkpoint, self.turns))
         if self.waiters or (upkeep is not None and not upkeep.is_planned()):
             self.mailbox.ring()
 
     def _end(self) -> list[Answer]:
-        error: BaseException | None = None
-        if self.store is not None:
-            try:
-                self.store.close(tidy=not self._turns.poisoned)
-            except Exception as failure:
-                log.exception("job %r: the store couldn't be closed in order", self._job_id)
-                error = failure
-            self._turns.store = self._upkeep = None
+        error = self._put_away(tidy=not self.turns.poisoned)
         self._over = self._ended = True
         self._tally.state = "closed"
-        if self._slot is not None:
-            self._slot.give_back()
         answers = self.waiters.refuse(Closed(f"job {self._job_id!r} is closed"))
         answers.append((self.closed, None, self._failures.take() or error))
         return answers if self._retired is None else [*answers, (self._retired, None, None)]
@@ -392,8 +391,8 @@ class Worker:
         # First the posters are told, then what came until then is run: beside one that never pauses it ends too.
         self.mailbox.unattend(self._serve_late)
         rest = self.mailbox.take_more()
-        answers = self._turns.decide(rest) if rest else []
-        if self._upkeep is not None and not self._turns.poisoned:
+        answers = self.turns.decide(rest) if rest else []
+        if self._upkeep is not None and not self.turns.poisoned:
             self._upkeep.settle()
         self._over = True
         answers += self.waiters.refuse(Closed(f"job {self._job_id!r} ends with the interpreter"))

@@ -187,39 +187,18 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-class _Folder:
-    """An open directory, one for all who watch files in it."""
-
-    def __init__(self, path: str) -> None:
-        self.handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.close(self.handle)
-
-
-_folders: weakref.WeakValueDictionary[str, _Folder] = weakref.WeakValueDictionary()
-
-
-def _folder(path: str) -> _Folder:
-    found = _folders.get(path)
-    if found is None or not os.path.samestat(os.fstat(found.handle), os.stat(path)):
-        found = _folders[path] = _Folder(path)
-    return found
-
-
 class Watch:
     """Sees when a job's database or log is no longer what is found under its name."""
 
     def __init__(self, database: Path) -> None:
-        self._folder = _folder(str(database.parent))
+        self._folder = os.open(database.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._found = {str(path): identity(path) for path in (database, sidecars(database)[0])}
         self._changed_ns = -1  # the directory's, when it was last looked through
 
     def check(self) -> None:
         """Raise `Corrupt` if one of the files was removed, renamed or replaced."""
         # That changes their directory, which is open: to look at it costs a third. So does renaming the directory.
-        changed_ns = os.fstat(self._folder.handle).st_ctime_ns
+        changed_ns = os.fstat(self._folder).st_ctime_ns
         if changed_ns == self._changed_ns:
             return
         for path, found in self._found.items():
@@ -230,6 +209,16 @@ class Watch:
                 )
         # Two changes within one tick of the file system's clock look like one: only an old enough one is trusted.
         self._changed_ns = changed_ns if time_ns() - changed_ns > _TICK_NS else -1
+
+    def close(self) -> None:
+        """See nothing any more; a second call is nothing."""
+        if self._folder >= 0:
+            handle, self._folder = self._folder, -1
+            os.close(handle)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # it wasn't opened, or there is no `os` any more
+            self.close()
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:

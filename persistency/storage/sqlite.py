@@ -66,8 +66,6 @@ class SqliteStore:
         self.options = options
         self.expires_ms = stored.get(schema.ENDS)
         self._connection = connection
-        self._path = path
-        self._vfs = vfs
         self._claim = claim
         self._log = WriteAheadLog(connection, str(path))
         self._watch = Watch(path)
@@ -118,7 +116,8 @@ class SqliteStore:
                 refused[fault.at] = Failed(fault.error)
             except (apsw.Error, *OWN_FAULTS) as error:
                 if run == self._groups.apart or not isinstance(error, OWN_FAULTS):
-                    raise self._failed(error) from error
+                    failed = self._failed(error)
+                    raise failed from failed.__cause__
                 run = self._groups.apart
 
     def _failed(self, error: Exception) -> Exception:
@@ -247,15 +246,16 @@ class SqliteStore:
                     self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             schema.close(self._connection)
         finally:
+            self._watch.close()
             self._claim.release()
 
     def disown(self, *, quiet: bool) -> None:
         """In a forked child: close the connection without touching the file, or have it refuse everything.
 
-        Closing it is the better way: SQLite keeps books, by file, of the locks of this process, and the parent's would
-        stand in the way of the child's own connection to the same file later. It writes nothing, because the log isn't
-        carried over, and the locks themselves are the parent's. In the middle of a transaction there is no such way.
+        Closing is better: SQLite keeps books, by file, of the locks of this process, and the parent's would stand in the
+        way of the child's own connection to the file. It writes nothing. In the middle of a transaction there is no way.
         """
+        self._watch.close()
         with contextlib.suppress(apsw.Error):  # another thread of the parent may have been in the middle of it
             self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             if quiet:
