@@ -163,7 +163,7 @@ def as_seconds(value: Any, argument: str, *, optional: bool = True) -> float | N
     if value is None and optional:
         return None
     if not isinstance(value, int | float) or isinstance(value, bool):
-        instead = "a number of seconds" + (", or None to wait as long as it takes" if optional else "")
+        instead = "a number of seconds" + (", or None for no limit" if optional else "")
         raise Misuse(f"{argument} must be a number, not {type(value).__name__}: pass {instead}")
     if not value >= 0:  # NaN too
         raise Misuse(f"{argument} must be 0 or more seconds, not {shown(value)}")

@@ -15,7 +15,7 @@ from typing import Any
 from persistency.actor.errand import Steps
 from persistency.actor.reply import Reply
 from persistency.codec.keys import Key
-from persistency.errors import Misuse
+from persistency.errors import Misuse, StorageError
 from persistency.storage.port import Barrier, Extent, GiveBack
 
 GIVE_BACK_PAGES = 1_000  # in one slice: 4 MB
@@ -33,14 +33,21 @@ def checked(
     """Look for what is wrong with what is stored, and then for keys that don't decode; return what was found."""
     problems: list[str] = yield from begun(stored)
     seen = 0
-    for category in categories().result():
+    try:
+        names = categories().result()
+    except StorageError as error:
+        return [*problems, f"the categories can't be read: {error}"]
+    for category in names:
         strange, first = 0, None
-        for at, key in enumerate(keys(category), seen + 1):
-            if not _decodes(key):
-                strange, first = strange + 1, first or key
-            if at % _KEYS_PAGE == 0:
-                yield at, None
-            seen = at
+        try:
+            for at, key in enumerate(keys(category), seen + 1):
+                if not _decodes(key):
+                    strange, first = strange + 1, first or key
+                if at % _KEYS_PAGE == 0:
+                    yield at, None
+                seen = at
+        except StorageError as error:
+            problems.append(f"category {category!r}: its keys can't be read: {error}")
         if strange:
             shown = bytes(first or b"")[:100]
             problems.append(f"category {category!r}: {strange} keys are no encoded tuples, the first: {shown!r}")

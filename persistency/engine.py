@@ -25,9 +25,9 @@ from persistency import lifecycle
 from persistency.actor.bounds import OnFull
 from persistency.actor.clock import reading, system_ms
 from persistency.actor.reply import Reply
-from persistency.arguments import as_limit, as_seconds
+from persistency.arguments import as_count, as_seconds
 from persistency.driving import adrive, drive
-from persistency.errors import Closed, Failure, Forked, JobNotFound, Misuse, WriteFailed
+from persistency.errors import Closed, Corrupt, Failure, Forked, JobNotFound, Misuse, WriteFailed
 from persistency.job import Job
 from persistency.ops import Ttl
 from persistency.options import DEFAULT, Default, JobOptions, OnError, checked
@@ -92,7 +92,10 @@ class Persistency(Sweeping, Reading):
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._open_timeout = as_seconds(open_timeout, "open_timeout")
-        live_max, idle_ttl = as_limit(max_live_jobs, "max_live_jobs"), as_seconds(idle_ttl, "idle_ttl")
+        live_max, idle_ttl = (
+            None if max_live_jobs is None else as_count(max_live_jobs, "max_live_jobs", 1),
+            as_seconds(idle_ttl, "idle_ttl"),
+        )
         limited = live_max is not None or idle_ttl is not None
         slots = Slots(live_max, idle_ttl, self._open_timeout) if limited else None
         self._exit_timeout = as_seconds(exit_timeout, "exit_timeout", optional=False) or 0.0
@@ -294,7 +297,7 @@ class Persistency(Sweeping, Reading):
             job = self._jobs.get(job_id)
         if job is not None:
             # What it reports was told already, and what it is about is to be deleted anyway.
-            with contextlib.suppress(WriteFailed):
+            with contextlib.suppress(WriteFailed, Corrupt):
                 yield job._leave()
         return (yield from self._site.drop(job_id, aside=aside))
 

@@ -202,7 +202,7 @@ class StorageError(PersistencyError):
 
 
 class DiskFull(StorageError):
-    """No room on the medium, or a file size limit was reached."""
+    """No room on the medium."""
 
     hint = "Free some space; a stalled job goes on by itself."
     retryable = True

@@ -214,6 +214,7 @@ class Job(Reads):
         The first time on a file that was migrated from an older format it is written anew in one piece.
         """
         self._check_outside()
+        self._mailbox.check()
         steps = care.compacted(lambda message: self._mailbox.write(message, 0, 0, free=True))
         return self._errand("compact", steps, as_progress(progress))
 

@@ -93,6 +93,7 @@ class Sweeping(Closing):
 
     def purge_expired(self) -> list[str]:
         """Drop the temporary jobs whose time is over, and return their ids; those of other processes stay."""
+        self._check_open()
         now = self._read_ms() / 1000
         return _dropped_expired(self.stored_jobs(), now, lambda job_id: _tried(job_id, self._end(job_id)))
 

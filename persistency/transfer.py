@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 from persistency.actor.errand import Steps
 from persistency.actor.mailbox import Mailbox
@@ -33,15 +33,12 @@ from persistency.storage.port import (
     PAYLOAD_BYTES_MAX,
     PLACES,
     Batch,
-    GetEntry,
     Group,
     LastVersion,
     ListCategories,
-    Run,
-    ScanRange,
+    ListRows,
     SetRow,
     StoredRow,
-    Within,
 )
 
 FORMAT = 1
@@ -91,37 +88,6 @@ class _Line:
             return reply.result()
 
 
-class _Page(NamedTuple):
-    """Rows of a category, where the next page starts (`None`: there is none), and how many keys that may look at."""
-
-    rows: list[StoredRow]
-    behind: bytes | None
-    keys_max: int
-
-
-def _page(category: bytes, start: bytes, keys_max: int) -> Run:
-    """Return the message that reads one page, all of it at one moment.
-
-    As many keys are looked at as the page before had rows, or twice as many if it had room for more: looking at a key
-    that has an end walks through all of its payload.
-    """
-
-    def read(within: Within) -> _Page:
-        found = within.do(ScanRange(category, start, None, False, keys_max, True))
-        rows: list[StoredRow] = []
-        nbytes = 0
-        for at, (key, _) in enumerate(found, 1):
-            row: StoredRow | None = within.do(GetEntry(category, key))
-            if row is not None:
-                rows.append(row)
-                nbytes += len(key) + len(row.payload)
-            if at == keys_max or nbytes >= BYTES_MAX:
-                return _Page(rows, key + b"\0", at if nbytes >= BYTES_MAX else min(2 * at, PAGE_ROWS_MAX))
-        return _Page(rows, None, keys_max)
-
-    return Run(read, (f"a page of an {_NAME}",))
-
-
 # -- export ------------------------------------------------------------------------------------------------------
 
 
@@ -135,17 +101,16 @@ def exported(job_id: str, mailbox: Callable[[], Mailbox], now_ms: Callable[[], i
 def _written(line: _Line, opening: dict[str, Any], now_ms: Callable[[], int], sink: _Sink) -> Steps[int]:
     sink.write(encode({**opening, "last_version": line.read(LastVersion()), "exported_ms": now_ms()}))
     count = 0
-    keys_max = 1
     for category in line.read(ListCategories()):
         opening_of_row = head(ARRAY, _COLUMNS) + encode(names([category])[0])
-        behind: bytes | None = b""
-        while behind is not None:
-            rows, behind, keys_max = line.write(_page(category, behind, keys_max), 1, 0)
-            if rows:
-                sink.write_rows(opening_of_row, rows)
-                count += len(rows)
-                del rows  # before there are others
-                yield count, None
+        start = b""
+        while rows := line.read(ListRows(category, start, PAGE_ROWS_MAX, BYTES_MAX)):
+            sink.write_rows(opening_of_row, rows)
+            if rows[-1].key < start:  # or a damaged file would be walked round for ever
+                raise Corrupt("rows are out of order", hint="Restore the job from a backup.")
+            count, start = count + len(rows), rows[-1].key + b"\0"
+            del rows  # before there are others
+            yield count, None
     sink.write(encode({"rows": count, "sha256": sink.sha256()}))
     return count
 

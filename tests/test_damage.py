@@ -24,12 +24,13 @@ from persistency.codec.fixed import fixed_key
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import Group, ScanRange
 from persistency.storage.sqlite import SqliteStore
-from tests.crash.damaged import ADDRESS_BYTES_MAX, KINDS, PAGE
+from tests.crash.damaged import ADDRESS_BYTES_MAX, CASE_SECONDS, KINDS, PAGE, REPLY_SECONDS
 from tests.crash.running import last_json, replace_method, run
 from tests.test_original_files import write_original
 
 SEED = random.SystemRandom().getrandbits(32)
 CASES = 14
+PLANTED_CASES, PLANTED_SEED = 60, "7"
 WAIT = 20.0  # seconds a test waits for what must come
 
 
@@ -56,8 +57,9 @@ class Plant(NamedTuple):
 
     spoil: Callable[[], None]
     kind: str
-    finding: set[str]
-    patience: tuple[str, ...] = ()
+    finding: str
+    patience: float = REPLY_SECONDS
+    limit: float = CASE_SECONDS
 
 
 _get, _read, _apply, _open = SqliteStore.get, SqliteStore.read, SqliteStore.apply, DirectoryRoot.open
@@ -155,31 +157,37 @@ def _lose_a_row() -> None:
 
 
 PLANTS = {
-    "lets sqlite speak": Plant(_at_a_failed_read(_let_sqlite_speak), "closed", {"foreign"}),
-    "fails in another thread": Plant(_at_a_failed_read(_fail_elsewhere), "closed", {"thread"}),
-    "takes all memory": Plant(_at_a_failed_read(lambda *_: bytearray(2 * ADDRESS_BYTES_MAX)), "closed", {"foreign"}),
-    "keeps a file open": Plant(_at_a_failed_read(_keep_a_file_open), "closed", {"left"}),
-    "dies": Plant(_at_a_failed_read(lambda *_: os.kill(os.getpid(), signal.SIGSEGV)), "closed", {"crash"}),
+    "lets sqlite speak": Plant(_at_a_failed_read(_let_sqlite_speak), "closed", "foreign"),
+    "fails in another thread": Plant(_at_a_failed_read(_fail_elsewhere), "closed", "thread"),
+    "takes all memory": Plant(_at_a_failed_read(lambda *_: bytearray(2 * ADDRESS_BYTES_MAX)), "closed", "foreign"),
+    "keeps a file open": Plant(_at_a_failed_read(_keep_a_file_open), "closed", "left"),
+    "dies": Plant(_at_a_failed_read(lambda *_: os.kill(os.getpid(), signal.SIGSEGV)), "closed", "crash"),
     "never comes back": Plant(
         _at_a_failed_read(lambda *_: threading.Event().wait()), "closed", {"stuck"}, ("--limit", "2")
     ),
-    "answers nobody": Plant(_answer_nobody, "closed", {"hang"}, ("--patience", "1")),
-    "deletes what it can't read": Plant(_delete_what_cannot_be_read, "closed", {"deleted"}),
-    "stumbles over errors": Plant(_stumble, "closed", {"disguised"}),
-    "waits it out": Plant(_wait_it_out, "closed", {"stalled"}),
-    "fails with its neighbour": Plant(_tell_the_others, "closed", {"neighbour"}),
-    "loses a row": Plant(_lose_a_row, "shm", {"wrong"}),
-    "loses a row of a log": Plant(_lose_a_row, "wal", {"wrong"}),
+    "answers nobody": Plant(_answer_nobody, "closed", "hang", patience=1.0),
+    "deletes what it can't read": Plant(_delete_what_cannot_be_read, "closed", "deleted"),
+    "stumbles over errors": Plant(_stumble, "closed", "disguised"),
+    "waits it out": Plant(_wait_it_out, "closed", "stalled"),
+    "fails with its neighbour": Plant(_tell_the_others, "closed", "neighbour"),
+    "loses a row": Plant(_lose_a_row, "shm", "wrong"),
+    "loses a row of a log": Plant(_lose_a_row, "wal", "wrong"),
 }
 
 
-@pytest.mark.parametrize("name", PLANTS)
-def test_planted_defect_is_seen(name: str) -> None:
-    """The cases report an engine that was spoilt on purpose, and as what it is."""
-    plant = PLANTS[name]
+@pytest.fixture(scope="module")
+def planted() -> dict[str, Any]:
+    """Show the cases every planted defect; give what they found."""
     # The same cases each time: this is about who looks at them.
-    totals = damage(plant.kind, "--cases", "60", "--plant", name, *plant.patience, seed=7)
-    assert set(totals["kinds"]) & plant.finding, totals
+    done = run("tests.crash.damaged", "planted", "--seed", PLANTED_SEED, timeout=100, flags=("-W", "error"))
+    assert done.returncode == 0, done.stderr
+    return last_json(done)
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_planted_defect_is_seen(name: str, planted: dict[str, Any]) -> None:
+    """The cases report an engine that was spoilt on purpose, and as what it is."""
+    assert PLANTS[name].finding in planted[name]["kinds"], planted[name]
 
 
 def test_a_file_cut_anywhere_is_refused_or_read() -> None:

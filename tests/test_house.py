@@ -94,6 +94,7 @@ FLOORS = [
     "storage.changes",
     "storage.quota",
     "storage.bulk",
+    "storage.soundness",
     "storage.strangers",
     "storage.schema",
     "storage.wal",

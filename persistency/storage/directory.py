@@ -133,6 +133,8 @@ class DirectoryRoot:
         Raises `JobLocked` if another process owns it, and what `copying.restore` does.
         """
         target = self.path(job_id)
+        if not files.check_regular(path):  # before anything of the job's is touched
+            raise Unavailable(f"{str(path)!r} isn't there", hint="Pass the path of a backup.")
         files.make_root(self.directory)
         claim = files.Claim(target)
         try:

@@ -195,11 +195,11 @@ class Watch:
         self._found = {str(path): identity(path) for path in (database, sidecars(database)[0])}
         self._changed_ns = -1  # the directory's, when it was last looked through
 
-    def check(self) -> None:
-        """Raise `Corrupt` if one of the files was removed, renamed or replaced."""
+    def check(self, *, thorough: bool = False) -> None:
+        """Raise `Corrupt` if one of the files was removed, renamed or replaced; `thorough`: or is elsewhere by now."""
         # That changes their directory, which is open: to look at it costs a third. So does renaming the directory.
         changed_ns = os.fstat(self._folder).st_ctime_ns
-        if changed_ns == self._changed_ns:
+        if changed_ns == self._changed_ns and not thorough:
             return
         for path, found in self._found.items():
             if identity(path) != found:

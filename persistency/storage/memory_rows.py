@@ -29,6 +29,7 @@ from persistency.storage.port import (
     HasRow,
     ListCategories,
     ListEntries,
+    ListRows,
     ScanRange,
     StoredChange,
     StoredRow,
@@ -131,6 +132,7 @@ class Table:
             CountRange: self._count,
             ListCategories: self._list_categories,
             ListEntries: self._list_entries,
+            ListRows: self._list_rows,
         }
 
     def of(self, category: bytes) -> Rows:
@@ -172,6 +174,16 @@ class Table:
     def _get_entry(self, message: GetEntry) -> StoredRow | None:
         row = self.row(message.category, message.key)
         return None if row is None else StoredRow(bytes(message.key), *row)
+
+    def _list_rows(self, message: ListRows) -> list[StoredRow]:
+        rows: list[StoredRow] = []
+        nbytes = 0
+        for key, row in islice(self._live(message.category, message.start, None), message.rows_max):
+            rows.append(StoredRow(key, *row))
+            nbytes += len(key) + len(row[0])
+            if nbytes >= message.bytes_max:
+                break
+        return rows
 
     def _get_rows(self, message: GetRows) -> list[tuple[bytes, bytes]]:
         found = ((key, self.row(message.category, key)) for key in message.keys)

@@ -116,21 +116,18 @@ class SqliteStore:
                 refused[fault.at] = Failed(fault.error)
             except (apsw.Error, *OWN_FAULTS) as error:
                 if run == self._groups.apart or not isinstance(error, OWN_FAULTS):
-                    failed = self._failed(error)
-                    raise failed from failed.__cause__
+                    raise self._failed(error) from error
                 run = self._groups.apart
 
-    def _failed(self, error: Exception) -> Exception:
+    def _failed(self, error: Exception) -> StorageError:
         failed = schema.translated(error, "a group of writes failed")
         if failed.code in (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC):
             # Wherever it came: the system may have dropped what it was asked to sync, and says so only once.
-            unknown = OutcomeUnknown(str(error))
-            unknown.__cause__ = failed
-            return unknown
+            raise OutcomeUnknown(str(error)) from failed
         failed.at_commit, self._committing = self._committing, False
         again, self._short_read = self._short_read, failed.code == apsw.SQLITE_IOERR_SHORT_READ
         if again and self._short_read:  # the end of a file isn't a fault that passes
-            return Corrupt(str(failed), failed.code)
+            raise Corrupt(str(failed), failed.code) from error
         return failed
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
@@ -237,23 +234,26 @@ class SqliteStore:
         self._claim.note(version, used_ms, self.expires_ms)
 
     def close(self, *, tidy: bool = True) -> None:
-        """Close the file, if `tidy` in order, and give up its ownership, whatever happens."""
-        try:
+        """Close the file, if `tidy` in order, and give up its ownership, whatever happens.
+
+        Raises `Corrupt` if it isn't there any more: what was committed is lost.
+        """
+        with contextlib.ExitStack() as last:
+            last.callback(self._claim.release)
+            last.callback(self._watch.close)
+            last.callback(schema.close, self._connection)
             if tidy:
                 self.settle()
-            else:
-                with contextlib.suppress(apsw.Error):
-                    self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-            schema.close(self._connection)
-        finally:
-            self._watch.close()
-            self._claim.release()
+                self._watch.check(thorough=True)
+                return
+            with contextlib.suppress(apsw.Error):
+                self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     def disown(self, *, quiet: bool) -> None:
         """In a forked child: close the connection without touching the file, or have it refuse everything.
 
-        Closing is better: SQLite keeps books, by file, of the locks of this process, and the parent's would stand in the
-        way of the child's own connection to the file. It writes nothing. In the middle of a transaction there is no way.
+        Closing is better: else SQLite's books of this process' locks, the parent's, stand in the way of the child's own
+        connection to the file. It writes nothing. In the middle of a transaction there is no such way.
         """
         self._watch.close()
         with contextlib.suppress(apsw.Error):  # another thread of the parent may have been in the middle of it
@@ -276,7 +276,7 @@ class SqliteStore:
             outcomes = run(group, refused)
             self._make_smaller(barriers)
             return outcomes
-        self._watch.check()
+        self._watch.check(thorough=sync)
         try:
             self._end_read()
             if sync:

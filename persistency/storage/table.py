@@ -12,7 +12,8 @@ Doesn't know: transactions, groups, files, what an error means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from persistency.storage.port import (
     ListCategories,
     ListChanges,
     ListEntries,
+    ListRows,
     Reap,
     ScanRange,
     SetRow,
@@ -45,6 +47,7 @@ from persistency.storage.port import (
     UsedBytes,
 )
 from persistency.storage.quota import USED, USED_MS, Quota, count_used
+from persistency.storage.soundness import check_keys
 
 TOGETHER_ROWS_MIN = 3  # below that, a statement for each row is as fast
 LATEST_MS = "latest_ms"
@@ -73,12 +76,6 @@ _SPAN_WITHOUT_END = " FROM kv WHERE category = ?1 AND key >= ?2 AND ?3 = ?3"
 _NEXT_EXPIRY = "SELECT min(expires_ms) FROM kv WHERE expires_ms IS NOT NULL AND expires_ms < 9223372036854775807"
 _NEXT_CATEGORY = "SELECT min(category) FROM kv WHERE category > ?"
 _REAP = f"DELETE FROM kv WHERE (category, key) IN ({ENDED})"
-
-
-def check_keys(keys: Iterable[Any]) -> None:
-    """Raise `Corrupt` if something else stands for a key: a damaged file may hold a number, text or NULL there."""
-    if not {bytes}.issuperset(map(type, keys)):
-        raise Corrupt("a row's key or category is no blob", hint="Restore the job from a backup.")
 
 
 class Mark(NamedTuple):
@@ -124,6 +121,7 @@ class Table:
             CountRange: self.count,
             ListCategories: self.categories,
             ListEntries: self.entries,
+            ListRows: self.list_rows,
             UsedBytes: lambda _message: self.used(),
             ListChanges: self.list_changes,
             LastVersion: lambda _message: self.version,
@@ -371,6 +369,18 @@ class Table:
         """Return a category's live rows in the order of their versions."""
         sql, bindings = self._span(message.category, b"", None)
         rows = [StoredRow(*row) for row in self.execute(f"{_ENTRY_COLUMNS}{sql} ORDER BY version", bindings)]
+        check_keys(map(itemgetter(0), rows))
+        return rows
+
+    def list_rows(self, message: ListRows) -> list[StoredRow]:
+        """Return a page of live rows, by key."""
+        category, start, rows_max, bytes_max = message
+        sql, bindings = self._span(category, start, None)
+        # First how long they are, which doesn't read them: a page of long ones needn't be in memory at once.
+        sizes = self.execute(f"SELECT length(key) + length(payload){sql} ORDER BY key LIMIT ?", (*bindings, rows_max))
+        within = sum(1 for total in accumulate(size for (size,) in sizes.fetchall()) if total < bytes_max)
+        sql = f"{_ENTRY_COLUMNS}{sql} ORDER BY key LIMIT ?"
+        rows = [StoredRow(*row) for row in self.execute(sql, (*bindings, min(within + 1, rows_max)))]
         check_keys(map(itemgetter(0), rows))
         return rows
 

@@ -185,6 +185,17 @@ class ListEntries(NamedTuple):
     category: bytes
 
 
+class ListRows(NamedTuple):
+    """Answer: `StoredRow`s of a category in key order, from `start` on: so many at the most, and none behind the one
+    that makes keys and payloads come to `bytes_max`.
+    """
+
+    category: bytes
+    start: bytes
+    rows_max: int
+    bytes_max: int
+
+
 class UsedBytes(NamedTuple):
     """Answer: how many bytes the payloads of all live rows have."""
 
@@ -271,6 +282,7 @@ READS: frozenset[type] = frozenset(
         CountRange,
         ListCategories,
         ListEntries,
+        ListRows,
         UsedBytes,
         ListChanges,
         LastVersion,

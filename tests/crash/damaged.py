@@ -53,6 +53,7 @@ from persistency import (
     Change,
     Check,
     Conflict,
+    Corrupt,
     Delete,
     DeletePrefix,
     Entry,
@@ -261,6 +262,7 @@ def write_format_1(path: Path) -> None:
 
 def make_files(kind: Kind, directory: Path) -> None:
     """Make the files of a kind in `root`, and in `older` what the same job had long before."""
+    known_states(kind.original)  # once, for all forks
     root, older = directory / "root", directory / "older"
     older.mkdir(parents=True)
     beside = [[Put("rows", key(at), b"%d" % at)] for at in range(BESIDE_ROWS)]
@@ -416,8 +418,6 @@ class Watch:
             self._note("logged", error)
         elif not record.name.startswith("persistency"):
             self.seen.append(["logged", record.getMessage()])
-        elif "stalls" in record.getMessage():
-            self.seen.append(["stalled", record.getMessage()])  # damage is nothing that could be waited out
 
     def take(self) -> list[list[str]]:
         """Return what was seen since the last time."""
@@ -470,6 +470,8 @@ class Judge:
             self.find("improper", f"{what}: {error!r} is no answer to a damaged file")
         if isinstance(error, Poisoned) and not isinstance(error.__cause__, StorageError):
             self.find("disguised", f"{what}: a job was poisoned by {error.__cause__!r}")
+        elif isinstance(error, Poisoned) and not isinstance(error.__cause__, Corrupt):
+            self.find("stalled", f"{what}: damage was waited out like a fault that passes: {error.__cause__!r}")
         if isinstance(error, WriteFailed):
             for failure in error.failures:
                 self.look_at(f"{what}, {type(failure.op).__name__}", failure.error)
@@ -1030,50 +1032,65 @@ class Loop:
         self.totals.add(told, f"{plan.name!r}, seed {plan.seed}{sweep}, case {told.number}")
 
 
-def main(given: list[str] | None = None) -> int:
+def planted(work: Path, seed: int) -> dict[str, Totals]:
+    """Have every planted defect looked for, up to its first finding; return what came of each."""
+    from tests.test_damage import PLANTED_CASES, PLANTS
+
+    told = {}
+    for name, plant in PLANTS.items():
+        place = work / plant.kind
+        if not place.exists():
+            make_files(KINDS[plant.kind], place / "base")
+        numbers = range(PLANTED_CASES)
+        loop = Loop(
+            Plan(KINDS[plant.kind], plant.kind, seed, numbers, False, plant.patience, plant.limit, plant.spoil, place)
+        )
+        following = 0
+        while following < numbers.stop and not loop.totals.kinds:
+            following = loop.batch(following)
+        told[name] = loop.totals
+    return told
+
+
+def damaged(work: Path, given: argparse.Namespace) -> Iterator[Totals]:
+    """Run the cases that were asked for; yield what came of them until now."""
+    begun = monotonic()
+    kind = KINDS[given.kind]
+    make_files(kind, work / "base")
+    numbers = range(given.first, given.first + given.cases)
+    if given.sweep:
+        longest = next((work / "base" / "root").glob(f"{kind.job_id}{kind.files[0]}")).stat().st_size
+        numbers = range(given.first, -(-longest // SECTOR), given.sweep)
+    loop = Loop(Plan(kind, given.kind, given.seed, numbers, given.sweep > 0, REPLY_SECONDS, CASE_SECONDS, None, work))
+    following = numbers.start
+    while following < numbers.stop and loop.totals.seconds < given.seconds:
+        following = loop.batch(following)
+        loop.totals.seconds = round(monotonic() - begun, 3)
+        yield loop.totals
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Run the cases; the exit code is 0 if nothing was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=[*KINDS, "planted"], help="or every planted defect, to see it reported")
     parser.add_argument("--cases", type=int, default=1, help="so many random ones")
     parser.add_argument("--first", type=int, default=0, help="the number of the first one")
     parser.add_argument("--sweep", type=int, default=0, metavar="N", help="cut the file at every N-th sector instead")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, if that comes first")
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--plant", default="", help="a defect to plant; stops at the first finding")
-    parser.add_argument("--patience", type=float, default=REPLY_SECONDS, help="how long a reply may take")
-    parser.add_argument("--limit", type=float, default=CASE_SECONDS, help="how long a case may take")
-    arguments = parser.parse_args(given)
-    begun = told = monotonic()
-    spoil = None
-    if arguments.plant:
-        from tests.test_damage import PLANTS
-
-        spoil = PLANTS[arguments.plant].spoil
+    given = parser.parse_args(arguments)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
     work = Path(tempfile.mkdtemp(prefix="damaged-", dir=memory))  # which no exit hook of a child takes away
+    told = 0.0
+    totals = Totals()
     try:
-        kind = KINDS[arguments.kind]
-        known_states(kind.original)  # once, for all forks
-        make_files(kind, work / "base")
-        numbers = range(arguments.first, arguments.first + arguments.cases)
-        if arguments.sweep:
-            longest = next((work / "base" / "root").glob(f"{kind.job_id}{kind.files[0]}")).stat().st_size
-            numbers = range(arguments.first, -(-longest // SECTOR), arguments.sweep)
-        loop = Loop(
-            Plan(
-                kind, arguments.kind, arguments.seed, numbers, arguments.sweep > 0, arguments.patience,
-                arguments.limit, spoil, work,
-            )
-        )  # fmt: skip
-        totals, following = loop.totals, numbers.start
-        while following < numbers.stop and totals.seconds < arguments.seconds:
-            following = loop.batch(following)
-            totals.seconds = round(monotonic() - begun, 3)
-            if monotonic() - told > PROGRESS_SECONDS:
-                told = monotonic()
+        if given.kind == "planted":
+            print(json.dumps({name: asdict(found) for name, found in planted(work, given.seed).items()}), flush=True)
+            return 0
+        for totals in damaged(work, given):
+            if totals.seconds - told > PROGRESS_SECONDS:
+                told = totals.seconds
                 print(json.dumps(asdict(totals)), flush=True)
-            if arguments.plant and totals.kinds:
-                break
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(json.dumps(asdict(totals)), flush=True)
