@@ -236,28 +236,25 @@ class _Fork:
         abandon(replies, forked)
 
 
-_fork: _Fork | None = None
+_forks: list[_Fork] = []  # a signal handler may fork in the middle of another fork
 
 
 def _before_fork() -> None:
-    global _fork  # noqa: PLW0603  # from here to the hook after it
-    _fork = _Fork()
+    _forks.append(_Fork())
 
 
 def _in_parent() -> None:
-    global _fork
-    fork, _fork = _fork, None
-    if fork is not None:
-        fork.end()
+    if _forks:
+        _forks.pop().end()
 
 
 def _in_child() -> None:
-    global _lock, _fork, _exiting  # noqa: PLW0603  # another thread of the parent may have held it
-    fork, _fork = _fork, None
+    global _lock, _exiting  # noqa: PLW0603  # another thread of the parent may have held it
     _lock = threading.RLock()
     _exiting = False
-    if fork is not None:
-        fork.end_in_child()
+    if _forks:
+        _forks[-1].end_in_child()
+    _forks.clear()
     _charges.clear()
     for act in in_child:
         act()

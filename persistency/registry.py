@@ -27,7 +27,7 @@ from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.settling import pending, ready, settle_all
 from persistency.actor.worker import Worker
-from persistency.errors import Closed, JobLocked, Misuse, PersistencyError
+from persistency.errors import Closed, Corrupt, Forked, JobLocked, Misuse, PersistencyError
 from persistency.job import Job
 from persistency.messages import name_ops
 from persistency.options import JobOptions, differing
@@ -72,8 +72,14 @@ class Site:
 
     def __init__(self, root: Root) -> None:
         self.root = root
+        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._entries: dict[str, _Entry] = {}
+
+    def check_here(self) -> None:
+        """Raise `Forked` in a child of the process whose site it is."""
+        if os.getpid() != self._pid:
+            raise Forked("this handle belongs to the process this one was forked from", hint="Open the job anew.")
 
     def open(self, job_id: str, given: dict[str, Any], opener: Opener) -> Generator[Reply[None], None, Job]:
         """Open a job and return a handle with a lease of its own.
@@ -193,11 +199,19 @@ class Site:
         clock = Clock(opener.read_ms)
         expires_ms = None if options.ttl_ms is None else clock.look_ms() + options.ttl_ms
 
+        last: Store | None = None
+
         def open_store() -> Store:
+            nonlocal last
             now_ms = clock.look_ms()
             if mailbox.has_ended or (expires_ms is not None and expires_ms <= now_ms):  # it rested to its end
                 raise Closed(f"job {job_id!r} was temporary, and its time is over")
-            return self.root.open(job_id, replace(options.store, now_ms=now_ms, expires_ms=expires_ms))
+            store = self.root.open(job_id, replace(options.store, now_ms=now_ms, expires_ms=expires_ms))
+            if last is not None and store.status().last_version < last.status().last_version:
+                store.close()
+                raise Corrupt(f"job {job_id!r} was dropped, or replaced by an older one, while it rested")
+            last = store
+            return store
 
         worker = Worker(
             job_id,
@@ -217,6 +231,7 @@ class Site:
 
     def end(self, job_id: str) -> Reply[None] | None:
         """Close a temporary job whose time is over; return what to wait for, or `None` if it isn't one."""
+        self.check_here()
         with self._lock:
             entry = self._entries.get(job_id)
             if entry is None or entry.worker is None or not entry.mailbox.has_ended:
@@ -238,11 +253,15 @@ class Site:
 
     def _release(self, entry: _Entry, lease: object, job: Job, *, drain: bool, flush: bool) -> Reply[None]:
         """Close a handle, and with the last one the job; with others left, `flush` what was posted until now."""
+        self.check_here()
         last = False
         try:
             with self._lock:
                 if job._closed:
                     return ready()
+                if entry.leaving and entry.worker is not None:  # its time is over, and it was swept away
+                    job._shut()
+                    return entry.worker.closed
                 mailbox = job._shut()
                 entry.leases.discard(lease)
                 last = not entry.leases and not entry.leaving

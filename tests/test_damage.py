@@ -162,9 +162,7 @@ PLANTS = {
     "takes all memory": Plant(_at_a_failed_read(lambda *_: bytearray(2 * ADDRESS_BYTES_MAX)), "closed", "foreign"),
     "keeps a file open": Plant(_at_a_failed_read(_keep_a_file_open), "closed", "left"),
     "dies": Plant(_at_a_failed_read(lambda *_: os.kill(os.getpid(), signal.SIGSEGV)), "closed", "crash"),
-    "never comes back": Plant(
-        _at_a_failed_read(lambda *_: threading.Event().wait()), "closed", {"stuck"}, ("--limit", "2")
-    ),
+    "never comes back": Plant(_at_a_failed_read(lambda *_: threading.Event().wait()), "closed", "stuck", limit=1.0),
     "answers nobody": Plant(_answer_nobody, "closed", "hang", patience=1.0),
     "deletes what it can't read": Plant(_delete_what_cannot_be_read, "closed", "deleted"),
     "stumbles over errors": Plant(_stumble, "closed", "disguised"),

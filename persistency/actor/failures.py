@@ -12,6 +12,7 @@ Doesn't know: mailboxes, the store, what the operations mean.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class FailureLog:
         self._untaken = _Kept()
         self._untold = _Kept()
         self._teller: threading.Thread | None = None
+        self._pid = os.getpid()
 
     def record(self, failures: Sequence[Failure]) -> None:
         """Keep failed events for the next `take`, and report them."""
@@ -66,6 +68,8 @@ class FailureLog:
 
     def report(self, failures: Sequence[Failure]) -> None:
         """Report failures to the log and `on_error` alone: those of requests whose reply nobody looked at."""
+        if os.getpid() != self._pid:  # in a forked child they are the parent's, which tells of them itself
+            return
         first = failures[0]
         log.error(
             "job %r: %d operation(s) failed (%s), the first: %s: %s",

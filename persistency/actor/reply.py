@@ -112,7 +112,7 @@ class Reply(Future[T]):
 
     def done(self) -> bool:
         """Say whether the reply is settled."""
-        return self._state in _DONE
+        return self._state in _DONE or self._is_abandoned()
 
     def running(self) -> bool:
         """Say whether the request can no longer be cancelled, but isn't settled yet."""
@@ -165,6 +165,7 @@ class Reply(Future[T]):
         """Call `fn(reply)` when the reply is settled: at once if it is, else in the thread that settles it."""
         if not callable(fn):
             raise Misuse(f"fn must be callable, not {type(fn).__name__}: pass a function of the reply")
+        self._is_abandoned()
         with gate:
             if self._state == PENDING:
                 self._callbacks = [*(self._callbacks or ()), fn]
@@ -189,6 +190,7 @@ class Reply(Future[T]):
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]  # made on demand
+        self._is_abandoned()
         with gate:
             if self._made_condition is None:
                 self._made_waiters = []
@@ -204,7 +206,8 @@ class Reply(Future[T]):
             raise Misuse(f"timeout must be a number, not {type(timeout).__name__}: pass seconds, or None")
         if timeout is not None and not timeout >= 0:
             raise Misuse(f"timeout must be 0 or more seconds, not {timeout!r}")
-        self._check_line()
+        if self._is_abandoned():
+            return
         if self._line is not None and self._line.waits_for_itself():
             raise Misuse(
                 "a request's result was asked for in the thread that has to answer it",
@@ -223,10 +226,14 @@ class Reply(Future[T]):
                     self._bells = [other for other in self._bells or () if other is not bell]
                     raise TimeoutError(f"no answer within {timeout} s; the request goes on")
 
-    def _check_line(self) -> None:
+    def _is_abandoned(self) -> bool:
+        """Settle the reply, if it is the parent's in a forked child; return whether that was so."""
         line = self._line
-        if line is not None and line.abandoned is not None:
-            raise line.abandoned
+        if line is None or line.abandoned is None or self._state != PENDING:
+            return False
+        # A thread that isn't here may have had the condition.
+        self._exception, self._state, self._made_condition = line.abandoned, FINISHED, None
+        return True
 
     async def within(self, timeout: float | None) -> T:
         """Await the answer for at most `timeout` seconds, then raise `TimeoutError`; the request goes on."""
@@ -238,7 +245,8 @@ class Reply(Future[T]):
         loop = running_loop()
         if loop is None:
             raise Misuse("a reply is awaited outside an asyncio event loop: use reply.result()")
-        self._check_line()
+        if self._is_abandoned():
+            return
         future = loop.create_future()
         with gate:
             if self._state != PENDING:

@@ -71,7 +71,7 @@ def abandon(replies: Iterable[Reply[Any]], error: BaseException) -> None:
     for reply in replies:
         for one in (reply, *(reply._followers or ())):
             if one._state == PENDING:
-                one._exception, one._state = error, FINISHED
+                one._exception, one._state, one._made_condition = error, FINISHED, None
 
 
 def tell_if_unseen(reply: Reply[Any], error: BaseException, tell: Callable[[BaseException], None]) -> None:

@@ -198,12 +198,13 @@ class Turns:
 
     def _write_in_place(self, message: Any, ops: int) -> Reply[Any]:
         """Run one write request for a caller that holds the turn. Raises `StorageError` if nothing was applied."""
-        assert self.store is not None
+        store = self.store  # in a child forked by the function that is run here, there is none afterwards
+        assert store is not None
         self._check_time()
         self.used_at = monotonic()
-        begun, before = perf_counter(), self.store.status().last_version
+        begun, before = perf_counter(), store.status().last_version
         try:
-            outcome = self.store.apply([None, message, None], self._now_ms())[0]
+            outcome = store.apply([None, message, None], self._now_ms())[0]
         except OutcomeUnknown as error:
             reply: Reply[Any] = pending(self._mailbox, reads=False)
             self._mailbox.as_one(lambda _level: None, taken=ops)
@@ -214,7 +215,7 @@ class Turns:
             raise
         except BaseException:
             # An interrupt: whether the message was committed before it came, its version tells.
-            if self.store.status().last_version != before:
+            if store.status().last_version != before:
                 self._accounts.count(ops, 0, in_place=True)
             raise
         if type(outcome) is Failed:

@@ -336,11 +336,13 @@ class Claim:
                 f"is there, delete {self.path.name!r}.",
             )
 
-    def release(self) -> None:
-        """Give the job up; a second call is nothing."""
+    def release(self, *, unlock: bool = True) -> None:
+        """Give the job up; a second call is nothing. Without `unlock` it stays the parent process'."""
         if self._handle >= 0:
             handle, self._handle = self._handle, -1
             _claims.discard(self)
+            if unlock:  # another process, just forked, may have the same handle for a moment
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
 
@@ -363,7 +365,7 @@ def remove(path: Path, *, lock: bool = True) -> list[Path]:
 
 def _in_child() -> None:
     for claim in list(_claims):
-        claim.release()
+        claim.release(unlock=False)
 
 
 if hasattr(os, "register_at_fork"):

@@ -130,7 +130,7 @@ def translated(error: Exception, doing: str) -> StorageError:
     """Return our error for one of SQLite's, with it as the cause."""
     code = getattr(error, "extendedresult", 0)
     kind: type[StorageError] = StorageError
-    if _disowned and isinstance(error, apsw.AuthError):
+    if _inherited and isinstance(error, apsw.AuthError):
         raise Forked("this process was forked in the middle of a transaction", hint="Let the parent end it.") from error
     strange = isinstance(error, apsw.SQLError) and "unsupported file format" in str(error)
     if isinstance(error, _FULL):
@@ -183,6 +183,7 @@ def open_file(path: Path, vfs: str | None = None, *, write: bool = False, immuta
 
     Without `write` to read it only; `immutable`: as it lies there, without locks, and without the log beside it.
     """
+    _check_not_inherited(str(path))
     flags = apsw.SQLITE_OPEN_NOFOLLOW | (apsw.SQLITE_OPEN_READWRITE if write else apsw.SQLITE_OPEN_READONLY)
     name = str(path)
     if immutable:
@@ -216,14 +217,32 @@ def own_log(connection: apsw.Connection) -> None:
     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
 
 
-_disowned = False  # this is a forked child, and was in the middle of a transaction when it began
+_inherited: list[apsw.Connection] = []  # in a forked child: the connections its parent had
+
+
+def _in_child() -> None:
+    _inherited[:] = apsw.connections()
+    for connection in _inherited:  # those that nobody closes must never be torn down
+        keep_for_ever(connection)
+
+
+def _check_not_inherited(name: str) -> None:
+    """Refuse a file whose locks this process would take for its own, because its parent has them."""
+    for connection in _inherited:
+        with contextlib.suppress(apsw.ConnectionClosedError):
+            if connection.filename == name:
+                raise Forked(
+                    f"{name!r} was in use by the parent when this process was forked, in the middle of something",
+                    hint="Open it in a process of its own, or fork while nothing is under way.",
+                )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def disown(connection: apsw.Connection) -> None:
-    """In a forked child: have a connection of the parent's refuse everything, and never be torn down."""
-    global _disowned  # noqa: PLW0603  # of this process
-    _disowned = True
-    keep_for_ever(connection)
+    """In a forked child: have a connection of the parent's refuse everything."""
     connection.authorizer = lambda *_: apsw.SQLITE_DENY
 
 

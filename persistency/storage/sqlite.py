@@ -330,8 +330,8 @@ class SqliteStore:
         if writes or version != before:
             self._clean, self._outdated = False, ()
             self._noted |= notes
-            self._log.unsynced = self.options.durability == "process" and not sync
-        if sync:
+            self._log.unsynced = self.options.durability == "process"
+        if sync or self.options.durability == "power":
             self._log.unsynced = False
             self._take_note()
 

@@ -117,27 +117,48 @@ class Quiet:
     """Tells when a job's worker has gone to sleep and has nothing left to do: only then may it be asked to rest."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self._asleep: set[Sleeper] = set()
+        self._asleep: dict[Sleeper, float | None] = {}  # for how many seconds
+        self._sleeps: Counter[Sleeper] = Counter()
         self._changed = threading.Condition()
         really_wait = Sleeper.wait
 
         def wait(sleeper: Sleeper, seconds: float | None = None) -> None:
             with self._changed:
-                self._asleep.add(sleeper)
+                self._asleep[sleeper] = seconds
+                self._sleeps[sleeper] += 1
                 self._changed.notify_all()
             try:
                 really_wait(sleeper, seconds)
             finally:
                 with self._changed:
-                    self._asleep.discard(sleeper)
+                    del self._asleep[sleeper]
 
         patch.setattr(Sleeper, "wait", wait)
 
     def wait(self, job: Job) -> None:
         """Wait until the worker of a job sleeps."""
+        assert self._wait(job, WAIT), job
+
+    def wait_or(self, job: Job, condition: Callable[[], bool]) -> None:
+        """Wait until the worker of a job sleeps, or something is so instead."""
+        until = monotonic() + WAIT
+        while not condition() and not self._wait(job, 0.05):
+            assert monotonic() < until, job
+
+    def sleeps(self, job: Job) -> int:
+        """Return how often its worker has gone to sleep."""
+        return self._sleeps[job._mailbox]
+
+    def seconds(self, job: Job) -> float | None:
+        """Return for how long its worker sleeps, once it does; `None`: until somebody comes."""
+        self.wait(job)
+        with self._changed:
+            return self._asleep[job._mailbox]
+
+    def _wait(self, job: Job, seconds: float) -> bool:
         mailbox: Mailbox = job._mailbox
         with self._changed:
-            assert self._changed.wait_for(lambda: mailbox in self._asleep and mailbox.idle, WAIT), job
+            return self._changed.wait_for(lambda: mailbox in self._asleep and mailbox.idle, seconds)
 
 
 # -- one step after the other ------------------------------------------------------------------------------------------
