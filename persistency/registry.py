@@ -258,7 +258,8 @@ class Site:
         try:
             with self._lock:
                 if job._closed:
-                    return ready()
+                    closing = entry.worker.closed if entry.worker is not None and entry.leaving else ready()
+                    return ready() if closing.done() else closing
                 if entry.leaving and entry.worker is not None:  # its time is over, and it was swept away
                     job._shut()
                     return entry.worker.closed

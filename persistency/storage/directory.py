@@ -67,8 +67,8 @@ class DirectoryRoot:
         files.prepare(path)
         connection = schema.connect(path, options.durability, self._vfs)
         try:
-            schema.check_job_id(connection, job_id, path)
             stored = schema.read_meta(connection)
+            schema.check_job_id(connection, job_id, path, write=not stored["last_version"])
             ends_ms = stored.get(schema.ENDS)
             if ends_ms is None or options.now_ms < ends_ms:
                 if options.expires_ms is not None:

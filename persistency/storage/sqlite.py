@@ -68,7 +68,6 @@ class SqliteStore:
         self._connection = connection
         self._claim = claim
         self._log = WriteAheadLog(connection, str(path))
-        self._watch = Watch(path)
         try:
             # What was found to have ended, or counted so, stays so.
             latest_ms = max(stored.get(name, 0) for name in (LATEST_MS, USED_MS))
@@ -92,6 +91,7 @@ class SqliteStore:
         self._short_read = False  # the last error was one
         self._noted: dict[str, int] = {}  # what the file says, of that which is kept beside the rows
         self._clean = stored.get("clean") == 1
+        self._watch = Watch(path)
         connection.set_wal_hook(self._on_commit)
         # What a process that was killed has left there it may not have synced.
         self._log.unsynced = bool(size(sidecars(path)[0]))
