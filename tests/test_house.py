@@ -25,6 +25,7 @@ FLOORS = [
     "testing",
     "testing.suite",
     "testing.batches",
+    "testing.care",
     "testing.feed",
     "testing.quota",
     "testing.reaping",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from persistency.storage.port import Store, StoreOptions
 from persistency.testing.batches import BatchChecks
+from persistency.testing.care import CareChecks
 from persistency.testing.ends import EndChecks
 from persistency.testing.feed import FeedChecks
 from persistency.testing.quota import QuotaChecks
@@ -32,6 +33,7 @@ class StoreConformance(
     QuotaChecks,
     FeedChecks,
     ReopenChecks,
+    CareChecks,
 ):
     """The checks: every `test_*` method opens stores and asks them everything its name says."""
 

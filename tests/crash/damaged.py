@@ -877,11 +877,22 @@ class Case:
                 thread.join(judge.patience)
                 if thread.is_alive():
                     judge.find("left", f"the thread {thread.name!r}")
-        for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-            with contextlib.suppress(OSError):
-                name = os.readlink(f"/proc/self/fd/{number}")
-                if name.startswith(str(self.place)):
-                    judge.find("left", f"an open descriptor of {name}")
+        judge.told.findings += left_open(self.place)
+
+
+_told_open: set[tuple[int, int]] = set()
+
+
+def left_open(place: Path) -> list[list[str]]:
+    """Return what this process has open below a folder and hasn't been told of yet."""
+    findings = []
+    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):
+            name, found = os.readlink(f"/proc/self/fd/{number}"), os.fstat(int(number))
+            if name.startswith(str(place)) and (found.st_dev, found.st_ino) not in _told_open:
+                _told_open.add((found.st_dev, found.st_ino))
+                findings.append(["left", f"an open descriptor of {name}"])
+    return findings
 
 
 # -- many cases -------------------------------------------------------------------------------------------------------
