@@ -209,7 +209,10 @@ class Site:
             store = self.root.open(job_id, replace(options.store, now_ms=now_ms, expires_ms=expires_ms))
             if last is not None and store.status().last_version < last.status().last_version:
                 store.close()
-                raise Corrupt(f"job {job_id!r} was dropped, or replaced by an older one, while it rested")
+                raise Corrupt(
+                    f"job {job_id!r} was dropped, or replaced by an older one, while it rested",
+                    hint="Close the job; opened again it is what is there now.",
+                )
             last = store
             return store
 

@@ -86,8 +86,11 @@ class Slots:
     def wanted(self, place: Place) -> bool:
         """Say whether an idle worker has to rest."""
         if self.pressed():
-            self._ask()
-        return place in self._asked
+            self._ask(place)
+        with self._lock:
+            if not self._waiting:  # they have given up
+                self._asked.clear()
+            return place in self._asked
 
     def decline(self, place: Place) -> None:
         """Note that a worker that was asked to rest has work again."""
@@ -161,10 +164,14 @@ class Slots:
         """Say why there is no slot."""
         return f"all {self.live_max} jobs that may be live had work for {self._open_timeout} s"
 
-    def _ask(self) -> None:
-        """Ask as many to rest as there are who wait, those first that were used the longest ago."""
+    def _ask(self, asking: Place | None = None) -> None:
+        """Ask as many to rest as are missing, those first that were used the longest ago; one is `asking` itself."""
         with self._lock:
-            idle = [place for place in self._live - self._asked if place.worker.looks_idle]
+            idle = [
+                place
+                for place in self._live - self._asked
+                if place.worker.looks_idle and (place is asking or not place.mailbox.taken)
+            ]
             idle.sort(key=lambda place: place.worker.turns.used_at)
             asked = idle[: max(0, self._missing())]
             self._asked.update(asked)

@@ -67,6 +67,11 @@ class Door(Sleeper):
         if self.inside == get_ident():
             raise Misuse("a request to a job inside its own run()", hint="Use the transaction the function is given.")
 
+    @property
+    def taken(self) -> bool:
+        """Whether somebody has the turn."""
+        return self._holder is not None
+
     def waits_for_itself(self) -> bool:
         """Say whether the calling thread is the one that would have to answer."""
         return get_ident() in (self.worker_thread, None if self._holder is None else self._holder_thread)

@@ -1,8 +1,8 @@
 """Many jobs through few slots: who is live, who rests for whom, and whether every value is right all the same.
 
-Two harnesses. `address` takes one step after the other and holds the order in which jobs go to rest against a model that
-is a page long; `roam` has several threads address thousands of jobs at random, counts the stores and the workers that
-are there at every instant, and looks at every value, at the end in a fresh `Persistency` too. Both were first run on
+Two harnesses. `address` takes one step after the other and holds the order in which jobs go to rest against a model of a
+few lines; `roam` has several threads address thousands of jobs at random, counts the stores and the workers that are
+there at every instant, and looks at every value, at the end in a fresh `Persistency` too. Both were first run on
 engines that were spoilt on purpose: see `PLANTS`.
 """
 
@@ -43,17 +43,21 @@ LIVE_MAX = 64
 # -- who is there ------------------------------------------------------------------------------------------------------
 
 
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("persistency:")]
+
+
 def workers() -> list[str]:
     """Return the names of the jobs whose workers have a thread."""
-    names = (thread.name for thread in threading.enumerate() if thread.name.startswith("persistency:"))
-    return [name.removeprefix("persistency:") for name in names if name != "persistency:opener"]
+    names = (thread.name.removeprefix("persistency:") for thread in _threads())
+    return [name for name in names if name != "opener"]
 
 
 class Census:
     """Counts the stores that are open, at every instant, and notes in which order they are opened and closed.
 
-    A store counts from before it is opened until it is closed. `threads` are those in which one was opened. Threads of
-    workers are counted at every opening: one that goes to rest gives its slot back a little before its thread has ended.
+    A store counts from before it is opened until it is closed. `threads` are those in which one was opened. The threads
+    of workers are counted at every opening; one that goes to rest gives its slot back a little before it has ended.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -310,8 +314,10 @@ def roam(
         walk.complain(f"limit: {walk.most} stores were open at once, at most {live_max} may be")
     if walk.most_workers > 2 * live_max:  # those that are ending are not through with it yet
         walk.complain(f"limit: {walk.most_workers} workers had a thread at once, at most {live_max} may have")
-    for name in workers():
-        walk.complain(f"limit: the worker of {name} is there after the end")
+    for thread in _threads():
+        thread.join(WAIT)
+        if thread.is_alive():
+            walk.complain(f"limit: {thread.name} is there after the end")
     look_again(place, walk, walkers)
     return walk
 

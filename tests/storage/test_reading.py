@@ -364,7 +364,7 @@ def cut_off(owner: SqliteStore) -> int:
     """Write something, have the owner cut its log off, and return the bytes that are left of it."""
     owner.apply(group(put(b"x", b"", os.urandom(10))), NOW_MS)
     owner.fold()
-    return Path(f"{owner._path}-wal").stat().st_size
+    return Path(owner._connection.filename_wal).stat().st_size
 
 
 @pytest.mark.parametrize("question", [*QUESTIONS, ListChanges(0, 1)], ids=lambda question: type(question).__name__)
@@ -711,10 +711,12 @@ def test_a_group_waits_for_a_locked_file_only_once(root: DirectoryRoot, monkeypa
     reader.close()
 
 
-def test_a_reader_of_the_parents_is_none_of_the_childs(owner: SqliteStore, reader: SqliteReader) -> None:
+def test_a_reader_of_the_parents_is_none_of_the_childs(
+    owner: SqliteStore, reader: SqliteReader, root: DirectoryRoot
+) -> None:
     """What was disowned, as after a fork, raises `Forked` for good, whether it was in use or not."""
     for quiet in (True, False):
-        other = SqliteReader(owner._path, "alpha")
+        other = SqliteReader(root.path("alpha"), "alpha")
         other.disown(quiet=quiet)
         with pytest.raises(Forked):
             other.get(b"c", b"k", NOW_MS)
