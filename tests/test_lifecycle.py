@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -42,6 +43,7 @@ from persistency import (
     WriteFailed,
     key,
 )
+from persistency.codec.keys import as_key
 from persistency.shared import SharedStore
 from persistency.slots import Slots
 from persistency.storage.directory import DirectoryRoot
@@ -58,9 +60,17 @@ NEVER = Check("c", ("never",), 10**6)  # a check that fails
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def place() -> Iterator[Path]:
+    """An empty directory, in memory where there is one: jobs are opened by the hundred, and no power is cut."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(os.path.realpath(directory))
+
+
+@pytest.fixture
+def root(place: Path) -> Path:
     """Name a root that doesn't exist yet."""
-    return tmp_path / "root"
+    return place / "root"
 
 
 @pytest.fixture
@@ -329,7 +339,7 @@ def test_every_waiter_gets_the_real_cause_and_can_try_again(
     options: dict[str, Any],
     cause: BaseException,
 ) -> None:
-    """C.i-2, C.i-3, S1-4 (BEAT), S1-23, S1-25 (BEAT), S1-26, S1-53: all who wait are told of a failed opening; it is over."""
+    """C.i-2, C.i-3, S1-4 (BEAT), S1-23, S1-25 (BEAT), S1-26, S1-53: a failed opening is told to all, and over."""
 
     def fail(_job_id: str) -> None:
         gate()
@@ -400,21 +410,21 @@ def test_sequential_and_concurrent_uses_of_one_job(root: Path, census: Census) -
 
 
 @pytest.mark.parametrize("name", lives.PLANTS)
-def test_the_harnesses_see_planted_defects(tmp_path: Path, name: str) -> None:
+def test_the_harnesses_see_planted_defects(place: Path, name: str) -> None:
     """Each spoilt engine is reported by `address` or `roam`, so that their silence says something."""
-    assert lives.planted(name, tmp_path, 4711)
+    assert lives.planted(name, place, 4711)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_one_unused_the_longest_rests(tmp_path: Path, seed: int) -> None:
+def test_the_one_unused_the_longest_rests(place: Path, seed: int) -> None:
     """C.i-4, C.i-5, S1-29, S1-33: in exact order of last use, one for one, and not before the limit is reached."""
-    assert lives.address(tmp_path, seed, steps=120, jobs=9, live_max=4) == []
+    assert lives.address(place, seed, steps=120, jobs=9, live_max=4) == []
 
 
 @pytest.mark.parametrize(("jobs", "live_max", "steps"), [(200, 8, 1_000), (12, 1, 300)])
-def test_many_jobs_through_few_slots(tmp_path: Path, jobs: int, live_max: int, steps: int) -> None:
-    """C.i-4, S1-31, S1-36 T: threads use jobs at random; never are more stores open than may be, every value is right."""
-    walk = lives.roam(tmp_path, 20_26, jobs=jobs, live_max=live_max, steps=steps)
+def test_many_jobs_through_few_slots(place: Path, jobs: int, live_max: int, steps: int) -> None:
+    """C.i-4, S1-31, S1-36 T: threads use jobs at random; no more stores are open than may be, every value is right."""
+    walk = lives.roam(place, 20_26, jobs=jobs, live_max=live_max, steps=steps)
     assert walk.wrong == []
     assert walk.most == live_max
     assert walk.openings > jobs  # they did go to rest, and come back
@@ -430,16 +440,16 @@ def test_a_look_at_the_wrong_moment_sends_nobody_else_to_rest(
             quiet.wait(persistency[name])
         really = Slots._ask
 
-        def late(slots: Slots) -> None:
+        def late(slots: Slots, *args: Any) -> Any:
             if threading.current_thread().name != "persistency:opener":
-                return really(slots)
+                return really(slots, *args)
             # Somebody waits, nobody was asked yet: all three look, the one used last before the others.
             for name in ("c", "b", "a"):
                 mailbox = persistency[name]._mailbox
                 if census.live == ["a", "b", "c"]:
                     mailbox.ring()
                     quiet.wait_or(persistency[name], lambda: census.closed != [])
-            return really(slots)
+            return really(slots, *args)
 
         monkeypatch.setattr(Slots, "_ask", late)
         persistency.open_job("d")
@@ -502,7 +512,7 @@ def test_a_job_with_unfinished_work_never_rests(root: Path, census: Census) -> N
 
 
 def test_a_job_that_its_caller_runs_is_not_idle(root: Path, census: Census, quiet: Quiet) -> None:
-    """C.i-4: a function that runs in its caller's thread keeps the job live, and the idle one rests though used later."""
+    """C.i-4: a function that runs in its caller's thread keeps its job live; the idle one rests, though used later."""
     with Persistency(root, max_live_jobs=2) as persistency:
         busy, idle = persistency.open_job("a", sync_interval=None), persistency.open_job("b", sync_interval=None)
         with Busy(busy):
@@ -644,10 +654,10 @@ def answered(outcome: Any) -> Any:
 
 @pytest.mark.parametrize("manner", ["thread", "loop"])
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_wakes_a_resting_job(root: Path, tmp_path: Path, census: Census, verb: str, manner: str) -> None:
+def test_every_verb_wakes_a_resting_job(root: Path, place: Path, census: Census, verb: str, manner: str) -> None:
     """C.i-5, S1-29: a handle keeps working: each verb answers what it does in a job that never rests."""
     ask, wall = VERBS[verb], Wall()
-    with Persistency(tmp_path / "plain", clock=wall) as plain:
+    with Persistency(place / "plain", clock=wall) as plain:
         job = fill(plain.open_job("a", feed_changes_max=100))
         due, rows, numbers = answered(ask(job)), job.snapshot("a").result(WAIT), job.statistics()
     with Persistency(root, max_live_jobs=1, clock=wall) as persistency:
@@ -806,7 +816,7 @@ def test_a_job_that_another_process_took_fails_its_posts_and_works_again_afterwa
                 job.flush().result(WAIT)
             job.flush().result(WAIT)  # told once
             failures = [*failed.value.failures, *later.value.failures]
-            assert [key(*failure.op.key) for failure in failures] == [key("lost", number) for number in range(3)]
+            assert [as_key(failure.op.key) for failure in failures] == [key("lost", number) for number in range(3)]
             assert {(type(failure.error), failure.outcome) for failure in failures} == {(JobLocked, "not applied")}
             while len(told) < 3:
                 assert heard.acquire(timeout=WAIT)
@@ -1012,6 +1022,8 @@ def test_closing_a_job_that_rests_or_waits_for_a_slot_never_hangs(
                 assert list(persistency) == ["a"]
                 assert list(persistency._site._entries) == ["a"]
         assert adds_up(resting)
+        if ending == "purge":
+            resting.flush().exception(WAIT)
         assert (root / "r.db").exists() is (ending != "drop_job")
         busy.flush().result(WAIT)
 
@@ -1039,7 +1051,8 @@ def test_closing_everything_while_jobs_rest_or_wait_never_hangs(
     assert closing.exception(WAIT) is None
     if opening is not None:
         assert isinstance(opening.exception(WAIT), Closed | None)
-    assert persistency._site._entries == {}
+    for entry in list(persistency._site._entries.values()):  # one that opened all the same is closed by itself
+        entry.gone.result(WAIT)
     if state == "with posts":
         with Persistency(root) as again:
             assert [again.open_job(job.id).get("c", ("k",)).result(WAIT) for job in jobs[:-1]] == [b"1"] * 5
@@ -1135,7 +1148,8 @@ def test_an_exit_loses_nothing_that_was_posted_to_resting_jobs(root: Path, case:
     with Persistency(root, max_live_jobs=4) as persistency:
         found = [persistency.open_job(f"job{number}").count("c").result(WAIT) for number in range(jobs)]
     assert found == [rows] * jobs, done.stderr[-2_000:]
-    assert "could not be written" not in done.stderr
+    named = re.findall("job '(.*)': .* could not be written", done.stderr)
+    assert named == (["busy"] if case == "busy" else [])
     assert "failed" not in done.stderr
 
 
@@ -1477,18 +1491,19 @@ def test_posts_to_a_temporary_job_that_ends_before_it_wakes_fail_and_are_told(
     """Promise 3: what was accepted before the end, and could only be written after it, is reported with `Closed`."""
     told: list[Any] = []
     heard = threading.Event()
-    with Persistency(root, clock=wall, max_live_jobs=1) as persistency:
-        job = persistency.open_job("a", ttl=60, on_error=lambda _id, failures: (told.extend(failures), heard.set()))
-        busy = persistency.open_job("b")
-        with Busy(busy):
-            job.put("c", ("k",), b"")
-            reply = job.count("c")
-            wall.ms += 60_000
-        assert isinstance(reply.exception(WAIT), Closed)
-        assert heard.wait(WAIT)
-        assert [type(failure.error) for failure in told] == [Closed]
-        assert (job.statistics().failed, adds_up(job)) == (1, True)
-        assert persistency.purge_expired() == ["a"]
+    persistency = Persistency(root, clock=wall, max_live_jobs=1)
+    job = persistency.open_job("a", ttl=60, on_error=lambda _id, failures: (told.extend(failures), heard.set()))
+    busy = persistency.open_job("b")
+    with Busy(busy):
+        job.put("c", ("k",), b"")
+        reply = job.count("c")
+        wall.ms += 60_000
+    assert isinstance(reply.exception(WAIT), Closed)
+    assert heard.wait(WAIT)
+    assert [type(failure.error) for failure in told] == [Closed]
+    assert (job.statistics().failed, adds_up(job)) == (1, True)
+    assert persistency.purge_expired() == ["a"]
+    persistency.close()
 
 
 def test_collections_that_end_live_in_a_job_that_rests(root: Path, wall: Wall) -> None:
@@ -1747,9 +1762,9 @@ def test_sweeps_beside_openings(root: Path, wall: Wall) -> None:
         assert sweeping.result(WAIT) > 0
 
 
-def test_the_soak_counts_what_it_does(tmp_path: Path) -> None:
+def test_the_soak_counts_what_it_does(place: Path) -> None:
     """The long form's walk, short: it says how often it has opened jobs, and how many rows it has found."""
-    walk = lives.roam(tmp_path, 7, jobs=10, live_max=2, steps=40)
+    walk = lives.roam(place, 7, jobs=10, live_max=2, steps=40)
     assert json.dumps(vars(walk))
     assert walk.steps == 50
     assert walk.rows > 0

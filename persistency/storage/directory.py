@@ -145,9 +145,13 @@ class DirectoryRoot:
             claim.note(0, known.used_ms or 0, None)  # what was known is of what was there before
             try:
                 copying.restore(path, target, job_id, vfs=self._vfs)
-            except BaseException:
-                if files.identity(target) == was:
+            except BaseException as error:
+                if was is None and files.identity(target) is None:  # there is no job, and was none
+                    claim.path.unlink(missing_ok=True)
+                elif files.identity(target) == was:
                     claim.note(known.version, known.used_ms or 0, known.expires_ms)
+                if isinstance(error, Corrupt):
+                    error.hint = "Take another backup; the job is as it was."
                 raise
         finally:
             claim.release()

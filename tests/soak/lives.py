@@ -1,7 +1,7 @@
 """Many jobs through few slots: who is live, who rests for whom, and whether every value is right all the same.
 
-Two harnesses. `address` takes one step after the other and holds the order in which jobs go to rest against a model of a
-few lines; `roam` has several threads address thousands of jobs at random, counts the stores and the workers that are
+Two harnesses. `address` takes one step after the other and holds the order in which jobs go to rest against a model of
+a few lines; `roam` has several threads address thousands of jobs at random, counts the stores and the workers that are
 there at every instant, and looks at every value, at the end in a fresh `Persistency` too. Both were first run on
 engines that were spoilt on purpose: see `PLANTS`.
 """
