@@ -149,7 +149,7 @@ def test_a_backup_is_one_plain_file(root: DirectoryRoot, place: Path) -> None:
         meta = dict(connection.execute("SELECT name, value FROM meta"))
         assert names(copy.parent) == ["copy"]
     assert (meta["clean"], meta["last_version"], meta["job_id"]) == (1, 1, "alpha")
-    assert dict(ask(root.path("alpha"), "SELECT name, value FROM meta"))["clean"] == 0
+    assert store._execute("SELECT value FROM meta WHERE name = 'clean'").fetchall() == [(0,)]
     store.close()
 
 
@@ -284,7 +284,7 @@ from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import StoreOptions
 store = DirectoryRoot(Path(sys.argv[1])).open("alpha", StoreOptions())
 store.apply([b"c", b"k", bytes(5 * copying.STEP_PAGES * 4096)], 1)
-steps = copying.back_up(store._path, Path(sys.argv[2]))
+steps = copying.back_up(Path(sys.argv[1], "alpha.db"), Path(sys.argv[2]))
 for at in range(3):
     next(steps)
     child = os.fork()
