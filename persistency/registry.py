@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from persistency import lifecycle
 from persistency.actor.clock import Clock
+from persistency.actor.errand import undivided
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
@@ -140,7 +141,8 @@ class Site:
         def do() -> None:
             answer: tuple[Reply[Any], Any, BaseException | None]
             try:
-                answer = (reply, act(), None)
+                with undivided():
+                    answer = (reply, act(), None)
             except BaseException as error:
                 answer = (reply, None, error)
             self._gone(job_id, placeholder)

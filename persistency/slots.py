@@ -167,15 +167,13 @@ class Slots:
     def _ask(self, asking: Place | None = None) -> None:
         """Ask as many to rest as are missing, those first that were used the longest ago; one is `asking` itself."""
         with self._lock:
-            idle = [
-                place
-                for place in self._live - self._asked
-                if place.worker.looks_idle and (place is asking or not place.mailbox.taken)
-            ]
+            idle = [place for place in self._live - self._asked if place.worker.looks_idle]
             idle.sort(key=lambda place: place.worker.turns.used_at)
-            asked = idle[: max(0, self._missing())]
+            asked = [place for place in idle if place is asking or not place.mailbox.taken][: max(0, self._missing())]
             self._asked.update(asked)
-        for place in asked:
+            # One that a caller runs in place can't be asked; it is only made to look, when the caller is through.
+            rung = [place for place in idle if place not in self._asked][: max(0, self._missing())]
+        for place in (*asked, *rung):
             place.mailbox.ring()
 
 

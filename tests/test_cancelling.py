@@ -37,7 +37,7 @@ def unsettled() -> Any:
     settle_all, number = worker.settle_all, itertools.count()
 
     def forget(answers: Any) -> None:
-        settle_all([answer for answer in answers if not answer[0]._reads or next(number) % 100])
+        settle_all([answer for answer in answers if not answer[0]._reads or next(number) % 20])
 
     return mock.patch.object(worker, "settle_all", forget)
 

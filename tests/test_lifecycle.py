@@ -48,6 +48,7 @@ from persistency.shared import SharedStore
 from persistency.slots import Slots
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.memory import MemoryStore
+from persistency.storage.sqlite import SqliteStore
 from tests.conftest import Wall
 from tests.crash.running import PROJECT
 from tests.soak import lives
@@ -153,6 +154,10 @@ class Line:
     def wait(self) -> None:
         """Wait for one more."""
         assert self._came.acquire(timeout=WAIT)
+
+    def is_longer(self) -> bool:
+        """Say whether there was one more."""
+        return self._came.acquire(blocking=False)
 
 
 def adds_up(job: Job) -> bool:
@@ -458,6 +463,32 @@ def test_a_look_at_the_wrong_moment_sends_nobody_else_to_rest(
             quiet.wait(persistency[name])
         assert census.closed == ["a"]
         assert census.live == ["b", "c", "d"]
+
+
+def test_a_ring_that_comes_while_a_job_goes_to_rest_wakes_nobody(
+    root: Path, census: Census, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C.i-5: a job at rest is woken by posts and by closing it; nobody else has to rest for a wake-up for nothing."""
+    line = Line(monkeypatch)
+    with Persistency(root, max_live_jobs=1) as persistency:
+        first = persistency.open_job("a", sync_interval=None)
+        line.wait()
+        really = SqliteStore.close
+
+        def close(store: SqliteStore, **how: Any) -> None:
+            first._mailbox.ring()  # as one may who asks it to rest a second time
+            really(store, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteStore, "close", close)
+            second = persistency.open_job("b", sync_interval=None)
+            line.wait()
+        quiet.wait(second)
+        persistency.open_job("c").flush().result(WAIT)  # whoever was woken before has had his turn
+        assert census.opened == ["a", "b", "c"]
+        assert census.closed == ["a", "b"]
+        line.wait()
+        assert not line.is_longer()
 
 
 def test_jobs_in_memory_never_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1503,7 +1534,9 @@ def test_posts_to_a_temporary_job_that_ends_before_it_wakes_fail_and_are_told(
     assert [type(failure.error) for failure in told] == [Closed]
     assert (job.statistics().failed, adds_up(job)) == (1, True)
     assert persistency.purge_expired() == ["a"]
-    persistency.close()
+    with pytest.raises(WriteFailed) as failed:
+        persistency.close()
+    assert list(failed.value.failures) == told
 
 
 def test_collections_that_end_live_in_a_job_that_rests(root: Path, wall: Wall) -> None:

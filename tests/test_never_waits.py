@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,26 +35,45 @@ NEVER = 10**6  # a version no row has
 
 
 class Watch:
-    """Which thread has waited for what. A mutex is told apart: it is held for a few instructions, whoever has it."""
+    """Which thread has waited for what.
+
+    A mutex is told apart: that it is somebody else's is over in a few instructions, because whoever has one waits for
+    nothing, which is noted too.
+    """
 
     def __init__(self) -> None:
         self.noted: list[tuple[int, str]] = []
+        self.with_a_mutex: list[str] = []  # what was waited for by who had one
+        self._mine = threading.local()
         self._changed = threading.Condition()
 
-    def note(self, what: str) -> None:
-        """Note that the calling thread is about to wait."""
+    @property
+    def mutexes(self) -> Counter[int]:
+        """How often the calling thread has each mutex."""
+        found: Counter[int] = vars(self._mine).setdefault("mutexes", Counter())
+        return found
+
+    def note(self, what: str, released: object = None) -> None:
+        """Note that the calling thread is about to wait; `released` is a mutex that it gives up for it."""
+        had = [mutex for mutex, times in self.mutexes.items() if times and mutex != id(released)]
         with self._changed:
             self.noted.append((get_ident(), what))
+            if had and what != "mutex":
+                self.with_a_mutex.append(what)
             self._changed.notify_all()
+
+    def waited(self) -> list[str]:
+        """Return what the calling thread has waited for, mutexes apart."""
+        return [what for what in self.of(get_ident()) if what != "mutex"]
 
     def of(self, thread: int | None) -> list[str]:
         """Return what a thread has waited for."""
         return [what for who, what in self.noted if who == thread]
 
     def wait_for(self, thread: int | None) -> None:
-        """Wait until a thread has begun to wait."""
+        """Wait until a thread has begun to wait for a lock."""
         with self._changed:
-            assert self._changed.wait_for(lambda: bool(self.of(thread)), WAIT)
+            assert self._changed.wait_for(lambda: "lock" in self.of(thread), WAIT)
 
 
 class WatchedLock:
@@ -84,9 +104,29 @@ class WatchedLock:
 
 
 class WatchedMutex(WatchedLock):
-    """A re-entrant one."""
+    """A re-entrant one, which also tells that it is had."""
 
     what = "mutex"
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        had = super().acquire(blocking, timeout)
+        self._watch.mutexes[id(self)] += had
+        return had
+
+    def release(self) -> None:
+        self._watch.mutexes[id(self)] -= 1
+        self._lock.release()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _release_save(self) -> Any:  # as a condition does while it waits
+        return self._watch.mutexes.pop(id(self)), self._lock._release_save()
+
+    def _acquire_restore(self, saved: Any) -> None:
+        times, theirs = saved
+        self._lock._acquire_restore(theirs)
+        self._watch.mutexes[id(self)] = times
 
 
 def watched_kinds(watch: Watch) -> dict[Any, Any]:
@@ -94,7 +134,7 @@ def watched_kinds(watch: Watch) -> dict[Any, Any]:
 
     class Condition(threading.Condition):
         def wait(self, timeout: float | None = None) -> bool:
-            watch.note("condition")
+            watch.note("condition", released=self._lock)  # type: ignore[attr-defined]  # every condition has one
             return super().wait(timeout)
 
     class Event(threading.Event):
@@ -139,6 +179,25 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 def _hashable(found: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in found.items() if getattr(type(value), "__hash__", None) is not None]
+
+
+def test_the_instrument_tells_who_waits_and_with_what() -> None:
+    """A wait is noted, and whether a mutex is had meanwhile; the one that a condition gives up for it is none."""
+    watch = Watch()
+    kinds = watched_kinds(watch)
+    mutex, lock = kinds[threading.RLock](), kinds[threading.Lock]()
+    condition = kinds[threading.Condition](mutex)
+    with lock, condition, mutex:
+        condition.wait(0)
+    assert (watch.waited(), watch.with_a_mutex) == (["condition"], [])
+    with lock, mutex:
+        assert not lock.acquire(timeout=0.001)
+    assert (watch.waited(), watch.with_a_mutex) == (["condition", "lock"], ["lock"])
+    with mutex:
+        join(start(lambda: mutex.acquire(timeout=0.001)))
+    kinds[threading.Event]().wait(0)
+    assert [what for _, what in watch.noted] == ["condition", "lock", "mutex", "event"]
+    assert watch.with_a_mutex == ["lock"]
 
 
 # -- jobs that are full -----------------------------------------------------------------------------------------------
@@ -225,7 +284,6 @@ def test_a_loop_thread_enters_no_wait(watch: Watch, persistency: Persistency, na
             post(job, number)
         waiting = start(lambda: post(job, BOUND))
         watch.wait_for(waiting[0].ident)
-        assert watch.of(waiting[0].ident) == ["lock"]
 
         async def flood() -> int:
             for number in itertools.count(BOUND + 1):
@@ -239,7 +297,8 @@ def test_a_loop_thread_enters_no_wait(watch: Watch, persistency: Persistency, na
         async def main() -> int:
             refused = await flood()
             flushed, drained = job.flush(), job.drain()  # they need no room
-            assert not watch.of(get_ident())
+            assert not watch.waited()
+            assert not watch.with_a_mutex
             gate.set()
             await flushed
             await drained
@@ -269,8 +328,9 @@ def test_a_loop_thread_enters_no_wait_beside_busy_threads(watch: Watch, persiste
     watch.noted.clear()  # of the opening
     threads = start(*(lambda me=me: produce(me) for me in range(3)))  # type: ignore[misc]  # bound now
     asyncio.run(pace())
-    assert set(watch.of(get_ident())) <= {"mutex"}
+    assert not watch.waited()
     join(threads)
+    assert not watch.with_a_mutex
     assert all("lock" in watch.of(thread.ident) for thread in threads)
     assert job.count("c").result(WAIT) == paced + 3 * each
 
@@ -289,7 +349,7 @@ def test_a_loop_thread_enters_no_wait_for_a_resting_job(watch: Watch, tmp_path: 
                 with pytest.raises(Overloaded, match="event loop"):
                     resting.put("c", ("one too many",), b"x")
                 count, flushed = resting.count("c"), resting.flush()
-                assert not watch.of(get_ident())
+                assert not watch.waited()
                 assert not count.done()
                 gate.set()
                 await flushed

@@ -13,9 +13,10 @@ Doesn't know: what the work is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
@@ -32,6 +33,7 @@ Steps: TypeAlias = Generator[tuple[int, int | None], None, T]
 Progress: TypeAlias = Callable[[int, int | None], object]
 
 _going: set[_Errand] = set()
+_steps: set[_Step] = set()  # under way, of errands and of others
 
 
 def errand(name: str, steps: Steps[T], progress: Progress | None = None) -> Reply[T]:
@@ -57,12 +59,13 @@ class Pause:
     def __init__(self, seconds: float) -> None:
         deadline = monotonic() + seconds
         me = get_ident()
-        self._held = [one for one in list(_going) if one.thread != me and one.hold(deadline - monotonic())]
+        everybody = [*(one.step for one in list(_going)), *list(_steps)]
+        self._held = [step for step in everybody if step.thread != me and step.hold(deadline - monotonic())]
 
     def end(self) -> None:
         """Let the errands go on."""
-        for one in self._held:
-            one.let_go()
+        for step in self._held:
+            step.let_go()
 
     def forsake(self, error: BaseException) -> list[Reply[Any]]:
         """In the child, where their threads aren't: return the replies nobody will answer."""
@@ -71,6 +74,42 @@ class Pause:
         for one in left:
             one.abandoned = error
         return [one.reply for one in left]
+
+
+class _Step:
+    """Something in the middle of which no process should be forked."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.thread = get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self.thread = None
+        self._lock.release()
+
+    def hold(self, seconds: float) -> bool:
+        """Keep it from beginning anew, waiting for its end."""
+        return self._lock.acquire(timeout=max(0.0, seconds))
+
+    def let_go(self) -> None:
+        """Let it begin."""
+        self._lock.release()
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Do something that isn't an errand's, but that a fork waits for, too."""
+    step = _Step()
+    _steps.add(step)
+    try:
+        with step:
+            yield
+    finally:
+        _steps.discard(step)
 
 
 class _Errand:
@@ -83,15 +122,7 @@ class _Errand:
         self._name = name
         self._steps = steps
         self._progress = progress
-        self._stepping = threading.Lock()
-
-    def hold(self, seconds: float) -> bool:
-        """Keep the next step from beginning, waiting for the end of this one."""
-        return self._stepping.acquire(timeout=max(0.0, seconds))
-
-    def let_go(self) -> None:
-        """Let the next step begin."""
-        self._stepping.release()
+        self.step = _Step()
 
     def run(self) -> None:
         """Take every step, and settle the reply."""
@@ -110,7 +141,7 @@ class _Errand:
 
     def _walk(self) -> Any:
         while True:
-            with self._stepping:
+            with self.step:
                 try:
                     done, total = next(self._steps)
                 except StopIteration as stop:

@@ -63,6 +63,7 @@ class Sleeper:
         with self._lock:
             if self._ends():
                 return False
+            self._rung = False  # there is nothing to look after but what comes from now on
             self._wake = wake
             self._asleep = True
             if self._stirs():

@@ -175,7 +175,7 @@ class Worker:
             self._live()
         finally:
             if not (self._over or self._resting):
-                self._die(sys.exception())
+                self._die(sys.exception() or SystemExit())
             # The system gives a thread's number to another one later.
             self.mailbox.worker_thread = None
             self.mailbox.never_waits.discard(me)
@@ -220,9 +220,8 @@ class Worker:
             store.disown(quiet=quiet)
         return replies if self._retired is None else [*replies, self._retired]
 
-    def _die(self, cause: BaseException | None) -> None:
+    def _die(self, cause: BaseException) -> None:
         """See that nobody waits for a thread that ends out of turn: poison the job; who closes it serves himself."""
-        cause = cause or SystemExit()
         answers = self.turns.poison(cause, "unknown", [])
         settle_all(answers if self.opened.done() else [*answers, *self._not_opened(cause, [])])
         self._over = True
@@ -302,6 +301,8 @@ class Worker:
         if not self.mailbox.doze(self._slot.wake):
             self._resting = False
             self._serve_late()
+        elif self._retired is not None and self._wakes_nobody():  # the interpreter ends
+            self.start_unattended()
 
     def _leave_to_others(self) -> None:
         """Give the slot of a poisoned job back: there is nothing it will ever need it for."""

@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,14 @@ _LIMITS = (
 _FULL = (apsw.FullError,)
 _CORRUPT = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
 _CORRUPT_CODES = (apsw.SQLITE_IOERR_DATA, apsw.SQLITE_IOERR_CORRUPTFS)
-_UNAVAILABLE = (apsw.BusyError, apsw.LockedError, apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError)
+_UNAVAILABLE = (
+    apsw.BusyError,
+    apsw.LockedError,
+    apsw.CantOpenError,
+    apsw.ReadOnlyError,
+    apsw.PermissionsError,
+    apsw.ProtocolError,
+)
 
 
 def translated(error: Exception, doing: str) -> StorageError:
@@ -189,6 +197,7 @@ def open_file(path: Path, vfs: str | None = None, *, write: bool = False, immuta
     if immutable:
         name, flags = path.absolute().as_uri() + "?immutable=1", flags | apsw.SQLITE_OPEN_URI
     connection = apsw.Connection(name, flags=flags, vfs=vfs or _VFS, statementcachesize=64)
+    _opened[connection] = str(path)
     try:
         _defend(connection)
     except BaseException:
@@ -217,24 +226,26 @@ def own_log(connection: apsw.Connection) -> None:
     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
 
 
-_inherited: list[apsw.Connection] = []  # in a forked child: the connections its parent had
+_opened: weakref.WeakKeyDictionary[apsw.Connection, str] = weakref.WeakKeyDictionary()
+_inherited: list[tuple[apsw.Connection, str]] = []  # in a forked child: what its parent had, and of which file
 
 
 def _in_child() -> None:
-    _inherited[:] = apsw.connections()
-    for connection in _inherited:  # those that nobody closes must never be torn down
+    _inherited[:] = _opened.items()
+    for connection, _ in _inherited:  # those that nobody closes must never be torn down
         keep_for_ever(connection)
 
 
 def _check_not_inherited(name: str) -> None:
     """Refuse a file whose locks this process would take for its own, because its parent has them."""
-    for connection in _inherited:
+    for connection in [connection for connection, opened in _inherited if opened == name]:
         with contextlib.suppress(apsw.ConnectionClosedError):
-            if connection.filename == name:
-                raise Forked(
-                    f"{name!r} was in use by the parent when this process was forked, in the middle of something",
-                    hint="Open it in a process of its own, or fork while nothing is under way.",
-                )
+            with contextlib.suppress(apsw.ThreadingViolationError):  # the parent was in the middle of it
+                connection.total_changes()
+            raise Forked(
+                f"{name!r} was in use by the parent when this process was forked, in the middle of something",
+                hint="Open it in a process of its own, or fork while nothing is under way.",
+            )
 
 
 if hasattr(os, "register_at_fork"):

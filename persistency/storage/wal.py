@@ -28,6 +28,7 @@ class WriteAheadLog:
         self.unsynced = False
         self._connection = connection
         self._name = name
+        self._told = False  # of readers who pin it: once is enough
         self._carried = 0  # the length when it was last carried over, as far as that went
 
     def grew(self, pages: int) -> None:
@@ -75,6 +76,6 @@ class WriteAheadLog:
         self._carried = total
 
     def _pin(self) -> None:
-        if not self.pinned:
+        if not self._told:
             log.warning("%s: somebody is reading there, so that its log can't be cut off; it grows on", self._name)
-        self.pinned = True
+        self.pinned = self._told = True

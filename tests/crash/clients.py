@@ -11,6 +11,7 @@ import itertools
 import random
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -212,7 +213,7 @@ class Maker:
             start.wait(WAIT)
         for thread in threads:
             thread.join(2 * WAIT)
-        history.wrong = self.failures + [f"has left {thread}" for thread in threads if thread.is_alive()]
+        history.wrong = self.failures + [self._left(thread) for thread in threads if thread.is_alive()]
         for verb in ("snapshot", "version") if not history.wrong else ():
             began = next(self.stamps)
             reply = VERBS[verb].post(self.job, self.category)
@@ -220,6 +221,11 @@ class Maker:
             answer = VERBS[verb].noted(reply.result(WAIT))
             history.last.append(Call("end", verb, (), began, next(self.stamps), next(self.stamps), answer))
         return history
+
+    def _left(self, thread: threading.Thread) -> str:
+        frame = sys._current_frames().get(thread.ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        return f"has left {thread} with {self.job.statistics()} at\n{stack}"
 
     def _clients(self) -> list[Callable[[], None]]:
         clients: list[Callable[[], None]] = []

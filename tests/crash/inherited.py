@@ -30,7 +30,7 @@ from persistency import (
     SharedStore,
 )
 
-SECONDS = 3.0  # for what must come at once
+SECONDS = 1.0  # for what must come at once
 SPAN = KeyRange((0,), (9,))
 
 Verb = Callable[[Any], object]
