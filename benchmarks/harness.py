@@ -34,12 +34,16 @@ PARTS = 10
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measurement, in microseconds per operation; the percentiles where calls were timed one by one."""
+    """One measurement, in microseconds per operation; the percentiles where calls were timed one by one.
+
+    `per_second` is the pace that was kept, where the case asks for one.
+    """
 
     operations: int
     us: float
     p50_us: float | None = None
     p99_us: float | None = None
+    per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,8 @@ class Series:
         """The median of microseconds per operation."""
         return median(sample.us for sample in self.samples)
 
-    def percentile(self, name: str) -> float | None:
-        """Return the median of a percentile, if it was measured."""
+    def middle(self, name: str) -> float | None:
+        """Return the median of a percentile, or of the pace, if it was measured."""
         found = [value for value in (getattr(sample, name) for sample in self.samples) if value is not None]
         return median(found) if found else None
 

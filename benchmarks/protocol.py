@@ -11,6 +11,7 @@ A contender offers *ways* of doing *tasks*. A way's `make(store)` returns the fu
 | commit  | `(key, payload) -> object`, which returns when the row is committed                                |
 | aget    | `(key) -> awaitable payload`                                                                       |
 | acommit | `(key, payload) -> awaitable`, which ends when the row is committed                                |
+| post    | `(rows) -> awaitable int`: hands a few rows over, ends when there is room for more; how many it took |
 | scan    | `(prefix) -> iterable of (key, payload)`, in key order, of all rows whose key begins with `prefix` |
 | encode  | `(parts) -> list of bytes`: the keys of the tuple layer for many pairs of a text and a number       |
 
@@ -36,6 +37,7 @@ PutOne: TypeAlias = Callable[[bytes, bytes], object]
 Get: TypeAlias = Callable[[bytes], bytes | None]
 AwaitedGet: TypeAlias = Callable[[bytes], Awaitable[bytes | None]]
 AwaitedPut: TypeAlias = Callable[[bytes, bytes], Awaitable[object]]
+PostSome: TypeAlias = Callable[[Sequence[Pair]], Awaitable[int]]
 Scan: TypeAlias = Callable[[bytes], Iterable[Pair]]
 EncodeAll: TypeAlias = Callable[[Sequence[tuple[str, int]]], Sequence[bytes]]
 

@@ -42,7 +42,9 @@ def ratios_table(results: Sequence[Judged]) -> Table:
 
 def figures_table(series: Sequence[Series]) -> Table:
     """Return the table of all that was measured, in microseconds."""
-    table = Table("case", "contender", "way", "operations", "us each", "min - max", "p50", "p99", title="Figures")
+    table = Table(
+        "case", "contender", "way", "operations", "us each", "min - max", "p50", "p99", "a second", title="Figures"
+    )
     for column in table.columns[3:]:
         column.justify = "right"
     before = ""
@@ -58,8 +60,9 @@ def figures_table(series: Sequence[Series]) -> Table:
             f"{one.samples[0].operations:,}",
             _number(one.us),
             f"{_number(min(every))} - {_number(max(every))}",
-            _number(one.percentile("p50_us")),
-            _number(one.percentile("p99_us")),
+            _number(one.middle("p50_us")),
+            _number(one.middle("p99_us")),
+            _number(one.middle("per_second")),
         )
     return table
 

@@ -39,7 +39,9 @@ class Target:
 
     def written(self, value: float) -> str:
         """Return a value with its unit."""
-        return f"{value:.3g} us" if self.measure == "us" else f"{value:.2f} x" if value < 10 else f"{value:.0f} x"
+        if self.measure == "us":
+            return f"{value:.3g} us" if value < 1000 else f"{value / 1000:.3g} ms"
+        return f"{value:.2f} x" if value < 10 else f"{value:.0f} x"
 
     def meets(self, value: float, bound: float) -> bool:
         """Say whether a value is on the right side of a bound."""
@@ -63,6 +65,7 @@ TARGETS = (
     Target("aget", "speed", 25, 50, "aiosqlite", "execute"),
     Target("aget", "speed", 10, 20, "aiosqlite", "execute_fetchall"),
     Target("aget-64", "speed", 5, 10, "aiosqlite", "execute_fetchall"),
+    Target("lag", "us", 5_000, 1_000, ours="put, drain"),
     Target("scan", "speed", 0.3, 0.5, "apsw", "fetchall"),
     Target("key", "time", 0.5, 0.35, "fdb", "fdb.tuple.pack"),
     Target("key-new", "time", 0.75, 0.6, "fdb", "fdb.tuple.pack"),

@@ -321,7 +321,7 @@ class Persistency(Sweeping, Reading):
             for job in self._jobs.values():
                 job._check_outside()
             self._closed = True
-            jobs, self._jobs = self._jobs, {}
+            jobs = dict(self._jobs)  # each is forgotten as it closes: a second call finds the rest
         leaving = {job_id: job._leave() for job_id, job in jobs.items()} | self._readers.leave()
         failures: list[Failure] = []
         omitted = 0
@@ -374,5 +374,5 @@ def _in_child() -> None:
 
 
 _everywhere: weakref.WeakSet[Persistency] = weakref.WeakSet()
-lifecycle.in_child.append(_in_child)
+lifecycle.in_child.append((__name__, "_in_child"))
 _OPTION_NAMES = {field.name for field in fields(JobOptions)} - {"ttl_ms"} | {"ttl"}

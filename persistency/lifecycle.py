@@ -24,14 +24,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import weakref
 from time import monotonic
 from typing import Any, NamedTuple, Self
 
 from persistency.actor import errand
 from persistency.actor.failures import FailureLog
 from persistency.actor.reply import Reply
-from persistency.actor.settling import abandon
+from persistency.actor.settling import abandon, ready
 from persistency.actor.worker import Worker
 from persistency.errors import Forked, Misuse
 
@@ -50,6 +50,7 @@ class _Charge(NamedTuple):
 
 _lock = threading.RLock()  # a signal handler may open a job too
 _charges: dict[int, _Charge] = {}
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()  # of the jobs that are open, after the exit hook, too
 _exiting = False
 _finalized_in: int | None = None  # the process in which multiprocessing calls the hook, too
 
@@ -58,6 +59,7 @@ def look_after(job_id: str, worker: Worker, failures: FailureLog, exit_timeout: 
     """Have a worker drained at exit, within `exit_timeout` seconds; once the hook has begun nobody waits any more."""
     _finalize_child()
     with _lock:
+        _workers.add(worker)
         if _exiting:
             return
         _charges[id(worker)] = _Charge(job_id, worker, failures, exit_timeout)
@@ -80,6 +82,7 @@ def forget(worker: Worker) -> None:
     """Leave a worker that is closed out of it."""
     with _lock:
         _charges.pop(id(worker), None)
+        _workers.discard(worker)
 
 
 # -- exit ---------------------------------------------------------------------------------------------------------
@@ -115,8 +118,8 @@ def _at_exit() -> None:
         begun = monotonic()
         longest = max((charge.exit_timeout for charge in charges), default=0.0)
         for reply in errand.going():  # they ask the jobs for what they need, so these come after
-            _wait(reply, begun + longest, interrupts)
-        leaving = [(charge, charge.worker.retire()) for charge in charges]
+            _wait(reply, begun + longest / 2, interrupts)
+        leaving = [(charge, _retired(charge)) for charge in charges]
         told = False
         for charge, reply in leaving:
             while not reply.done() and interrupts.count < _INTERRUPTS_MAX and monotonic() < begun + charge.exit_timeout:
@@ -128,15 +131,24 @@ def _at_exit() -> None:
                         _say(f"writing {pending} operations; interrupt again to give up")
             if not reply.done():
                 pending = charge.worker.statistics().pending
+                left = f"{pending} operations" if pending else "what it is in the middle of"
                 within = "" if interrupts.count else f" within {charge.exit_timeout} s"
-                _say(f"job {charge.job_id!r}: {pending} operations could not be written{within} at exit")
+                _say(f"job {charge.job_id!r}: {left} could not be written{within} at exit")
             charge.failures.wait_told(min(_TELL_SECONDS_MAX, charge.exit_timeout))
         # What is kept here to the very end would keep its users' modules from ending in order.
         _charges.clear()
-        in_child.clear()
         others = [thread for thread in threading.enumerate() if not thread.name.startswith("persistency:")]
         if any(thread.daemon for thread in others):
             _keep_for_ever(charges)
+
+
+def _retired(charge: _Charge) -> Reply[Any]:
+    """Have a worker write what waits; one that can't must not keep the others from it."""
+    try:
+        return charge.worker.retire()
+    except Exception as error:
+        _say(f"job {charge.job_id!r}: {error}")
+        return ready()
 
 
 def _wait(reply: Reply[Any], until: float, interrupts: _Interrupts) -> None:
@@ -201,29 +213,38 @@ def _ours() -> list[int]:
 
 # -- fork ----------------------------------------------------------------------------------------------------------
 
-in_child: list[Callable[[], None]] = []  # what else is to be done in a forked child
+# What else is to be done in a forked child, as a module and a function: who is kept from here never ends in order.
+in_child: list[tuple[str, str]] = []
 
 
 class _Fork:
     """All workers and errands kept between two turns while the process is forked."""
 
     def __init__(self) -> None:
-        _lock.acquire()
+        self._locked = False
+        self._errands = errand.Pause()
+        self._tokens: list[tuple[Worker, object]] = []
+        self._quiet: set[int] = set()
+
+    def hold(self) -> None:
+        """Wait until nobody is in the middle of anything, for a moment. What is held is noted before it is taken."""
         deadline = monotonic() + _FORK_SECONDS
-        self._errands = errand.Pause(_FORK_SECONDS)
-        self._held: dict[int, tuple[Worker, object]] = {}
-        for number, charge in list(_charges.items()):
+        self._locked = _lock.acquire()
+        self._errands.hold(_FORK_SECONDS)
+        for worker in list(_workers):
             token = object()
-            if charge.worker.mailbox.hold(token, deadline - monotonic()):
-                self._held[number] = (charge.worker, token)
+            self._tokens.append((worker, token))
+            if worker.mailbox.hold(token, deadline - monotonic()):
+                self._quiet.add(id(worker))
 
     def end(self) -> None:
         """Let everybody go on, in the parent."""
-        for worker, token in self._held.values():
+        for worker, token in self._tokens:
             worker.mailbox.give_back(token)
             worker.mailbox.ring()
         self._errands.end()
-        _lock.release()
+        if self._locked:
+            _lock.release()
 
     def end_in_child(self) -> None:
         """Give all of it up, in the child."""
@@ -231,8 +252,8 @@ class _Fork:
             "this handle belongs to the process this one was forked from", hint="Open the job anew in this process."
         )
         replies = self._errands.forsake(forked)
-        for number, charge in _charges.items():
-            replies += charge.worker.forsake(forked, quiet=number in self._held)
+        for worker in list(_workers):
+            replies += worker.forsake(forked, quiet=id(worker) in self._quiet)
         abandon(replies, forked)
 
 
@@ -240,7 +261,9 @@ _forks: list[_Fork] = []  # a signal handler may fork in the middle of another f
 
 
 def _before_fork() -> None:
-    _forks.append(_Fork())
+    fork = _Fork()
+    _forks.append(fork)
+    fork.hold()  # a Ctrl-C from here on finds it noted, and all that it holds is given back
 
 
 def _in_parent() -> None:
@@ -256,8 +279,9 @@ def _in_child() -> None:
         _forks[-1].end_in_child()
     _forks.clear()
     _charges.clear()
-    for act in in_child:
-        act()
+    _workers.clear()
+    for module, act in in_child:
+        getattr(sys.modules[module], act)()
 
 
 atexit.register(_at_exit)

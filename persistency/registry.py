@@ -149,7 +149,10 @@ class Site:
             settle_all([answer])
 
         if aside:
-            threading.Thread(target=do, name=f"persistency:{job_id}:drop").start()
+            try:
+                threading.Thread(target=do, name=f"persistency:{job_id}:drop").start()
+            except RuntimeError:  # there are no threads any more
+                do()
             yield reply
         else:
             do()
@@ -181,7 +184,7 @@ class Site:
         if entry is fresh and entry.worker is not None and entry.failures is not None:
             try:
                 lifecycle.look_after(job_id, entry.worker, entry.failures, opener.exit_timeout)
-                entry.worker.closed.add_done_callback(lambda _closed: self._gone(job_id, fresh))
+                entry.worker.ended = lambda: self._gone(job_id, fresh)
                 if entry.place is None or not entry.place.served or lifecycle.ends():
                     lifecycle.begin(entry.worker)
                 else:
@@ -208,8 +211,10 @@ class Site:
             now_ms = clock.look_ms()
             if mailbox.has_ended or (expires_ms is not None and expires_ms <= now_ms):  # it rested to its end
                 raise Closed(f"job {job_id!r} was temporary, and its time is over")
-            store = self.root.open(job_id, replace(options.store, now_ms=now_ms, expires_ms=expires_ms))
-            if last is not None and store.status().last_version < last.status().last_version:
+            was_there = last is not None and last.last_version > 0
+            given = replace(options.store, now_ms=now_ms, expires_ms=expires_ms, must_exist=was_there)
+            store = self.root.open(job_id, given)
+            if last is not None and store.last_version < last.last_version:
                 store.close()
                 raise Corrupt(
                     f"job {job_id!r} was dropped, or replaced by an older one, while it rested",

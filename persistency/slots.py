@@ -157,8 +157,14 @@ class Slots:
             late = [place for place, until in self._waiting.items() if until <= now and place.worker.opened.done()]
             for place in late:
                 del self._waiting[place]
-        for place in late:
-            place.worker.could_not_start(TimeoutError(self.busy()))
+        for place in late:  # not in this thread: callbacks may be called, and everybody else waits for it
+            error = TimeoutError(self.busy())
+            telling = threading.Thread(target=place.worker.could_not_start, args=(error,), daemon=True)
+            telling.name = "persistency:late"
+            try:
+                telling.start()
+            except RuntimeError:  # out of threads
+                place.worker.could_not_start(error)
 
     def busy(self) -> str:
         """Say why there is no slot."""
@@ -166,6 +172,8 @@ class Slots:
 
     def _ask(self, asking: Place | None = None) -> None:
         """Ask as many to rest as are missing, those first that were used the longest ago; one is `asking` itself."""
+        if not self.pressed():
+            return
         with self._lock:
             idle = [place for place in self._live - self._asked if place.worker.looks_idle]
             idle.sort(key=lambda place: place.worker.turns.used_at)
@@ -183,9 +191,13 @@ class Place:
     worker: Worker  # set by whoever makes it, before anything is called
 
     def __init__(self, slots: Slots, mailbox: Mailbox) -> None:
-        self.idle_ttl = slots.idle_ttl
         self.mailbox = mailbox
         self._slots = slots
+
+    @property
+    def idle_ttl(self) -> float | None:
+        """After how many seconds without use the worker rests; not where nobody could wake it again."""
+        return self._slots.idle_ttl if self.served else None
 
     def pressed(self) -> bool:
         """Say whether somebody waits for whom nobody was asked to rest yet."""
@@ -193,7 +205,7 @@ class Place:
 
     def wanted(self) -> bool:
         """Say whether this worker, which could, has to rest for somebody else's sake."""
-        return self._slots.wanted(self)
+        return self.served and self._slots.wanted(self)
 
     def decline(self) -> None:
         """Note that there is work again."""

@@ -158,6 +158,7 @@ def test_what_is_stored_is_compared(tmp_path: Path) -> None:
         ("get", "get", lambda get: lambda key: b""),
         ("aget", "aget", lambda _get: lambda key: asyncio.sleep(0)),
         ("aget-64", "aget", lambda _get: lambda key: asyncio.sleep(0)),
+        ("lag", "post", lambda post: lambda rows: post(rows[1:])),
         ("scan", "scan", lambda scan: lambda prefix: scan(prefix)[1:]),
         ("key", "encode", lambda encode: lambda parts: encode(parts)[1:]),
     ],

@@ -7,11 +7,13 @@ without chance, the kinds of damage that need an answer of their own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,8 +294,26 @@ def test_a_follower_of_changes_out_of_order_is_told(closed: Path) -> None:
         assert ended, "nothing was out of order"
 
 
-# A row's types of values, as SQLite writes them in front of them: of the key, eight bytes of a blob, of text, a number.
+# A value's type, as SQLite writes it in front of a row: of a key of eight bytes, and of a payload of 160.
 BLOB, TEXT, INTEGER, FLOAT = 28, 29, 6, 7
+LONG_BLOB, LONG_TEXT = b"\x82\x4c", b"\x82\x4d"
+
+
+def types_at(data: bytes, at: int) -> int:
+    """Return where the types of a row's values begin: how many bytes they are, the category's, the key's, ..."""
+    return data.index(b"c" + key_of(at) + payload_of(at), pages_with(data, at)[0] * PAGE) - 7
+
+
+def ask_for_rows(job: Job) -> Iterator[Callable[[], Any]]:
+    """Give every way to ask for all rows, those with keys alone first."""
+    yield lambda: job.keys("c", reverse=True).result(WAIT)
+    yield lambda: list(islice(job.iterate("c", page=7, keys_only=True), 2 * ROWS))
+    yield lambda: job.scan("c").result(WAIT)
+    yield lambda: job.snapshot("c").result(WAIT)
+    yield lambda: list(islice(job.iterate("c", page=7), 2 * ROWS))
+    yield lambda: list(job.get_many("c", [key_of(at) for at in range(ROWS)]).result(WAIT).items())
+    yield lambda: [] if job.export(BytesIO()).result(WAIT) <= ROWS else None
+    yield lambda: job.run(lambda transaction: transaction.scan("c")).result(WAIT)
 
 
 @pytest.mark.parametrize("kind", [TEXT, INTEGER, FLOAT])
@@ -303,31 +323,59 @@ def test_a_key_that_is_none_is_corrupt(closed: Path, kind: int) -> None:
     refused = 0
     for at in range(0, ROWS, 23):
         data = bytearray(sound)
-        page = pages_with(sound, at)[0] * PAGE
-        types = (
-            sound.index(b"c" + key_of(at) + payload_of(at), page) - 7
-        )  # of five columns, one in two bytes, and how many
-        assert data[types + 2] == BLOB
-        data[types + 2] = kind
+        assert data[types_at(sound, at) + 2] == BLOB
+        data[types_at(sound, at) + 2] = kind
         closed.write_bytes(data)
         with opened(closed) as persistency:
-            job = persistency.open_job("alpha")
-            whole: list[Callable[[], Any]] = [
-                lambda job=job: job.scan("c").result(WAIT),
-                lambda job=job: job.keys("c", reverse=True).result(WAIT),
-                lambda job=job: job.snapshot("c").result(WAIT),
-                lambda job=job: list(islice(job.iterate("c", page=7), 2 * ROWS)),
-                lambda job=job: list(islice(job.iterate("c", page=7, keys_only=True), 2 * ROWS)),
-                lambda job=job: job.run(lambda transaction: transaction.scan("c")).result(WAIT),
-            ]
-            for ask in whole:
+            for ask in ask_for_rows(persistency.open_job("alpha")):
                 try:
                     answer = ask()
                 except (Corrupt, Poisoned):
                     refused += 1
                 else:  # it was passed by: it sorts before every key
-                    assert {getattr(row, "key", row) for row in answer} < {key_of(at) for at in range(ROWS)}
+                    assert {row if isinstance(row, Key) else row[0] for row in answer} < set(map(key_of, range(ROWS)))
     assert refused > 10
+
+
+def make_text(data: bytearray, at: int) -> Key:
+    """Make a text of a row's payload; return its key."""
+    place = types_at(data, at) + 3
+    assert data[place : place + 2] == LONG_BLOB
+    data[place : place + 2] = LONG_TEXT
+    return key_of(at)
+
+
+def make_nothing(data: bytearray, at: int) -> Key:
+    """Make a row end behind its key, as if it were of an older format with no more columns; return its key."""
+    place = types_at(data, at)
+    assert data[place] == 7
+    size = 7 + 1 + len(key_of(at)) + len(payload_of(at)) + data[place + 5]  # a version of one byte, or of two
+    where = (bytes(key_of(at)) + payload_of(at) * 2)[: size - 5]
+    data[place : place + size] = bytes([4, 14, 0x82, 12 + 2 * len(where) - 256]) + b"c" + where
+    return Key(where)
+
+
+@pytest.mark.parametrize("spoil", [make_text, make_nothing])
+def test_a_payload_that_is_none_is_bytes_or_corrupt(closed: Path, spoil: Callable[[bytearray, int], Key]) -> None:
+    """A payload that flipped bits have made a text or nothing of is given as bytes, or is `Corrupt`, or isn't there."""
+    data = bytearray(closed.read_bytes())
+    where = spoil(data, ROWS // 2)
+    closed.write_bytes(data)
+    with opened(closed) as persistency:
+        job = persistency.open_job("alpha")
+        for ask in ask_for_rows(job):
+            with contextlib.suppress(Corrupt):
+                types = {type(row) if isinstance(row, Key) else type(row[1]) for row in ask()}
+                assert types <= {Key, bytes}
+        for point in (lambda: job.get("c", where), lambda: job.entry("c", where)):
+            with contextlib.suppress(Corrupt):
+                found = point().result(WAIT)
+                assert found is None or type(getattr(found, "payload", found)) is bytes
+        for post in (lambda: job.touch("c", where, 60).result(WAIT), lambda: job.put("c", where, b"anew")):
+            with contextlib.suppress(Corrupt, Poisoned):
+                post()
+                job.flush().result(WAIT)
+                assert job.count("c").result(WAIT) == ROWS
 
 
 @pytest.mark.parametrize("at", [18, 19, 47])

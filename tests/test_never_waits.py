@@ -439,7 +439,7 @@ def interrupted(verb: Callable[[], object], at: int, handler: Callable[[], objec
         nonlocal left
         if event in ("call", "c_return"):
             left -= 1
-            if left < 0:
+            if left == -1:  # once: a collection on the way here has events of its own
                 sys.setprofile(None)
                 handler()
 

@@ -8,9 +8,9 @@ Doesn't know: how anything is measured, who takes part.
 
 from __future__ import annotations
 
-from benchmarks.cases import encoding, packages, reading, writing
+from benchmarks.cases import encoding, lag, packages, reading, writing
 from benchmarks.harness import Case
 
 CASES: dict[str, Case] = {
-    case.name: case for case in (*writing.CASES, *reading.CASES, *encoding.CASES, *packages.CASES)
+    case.name: case for case in (*writing.CASES, *reading.CASES, *lag.CASES, *encoding.CASES, *packages.CASES)
 }

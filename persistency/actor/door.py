@@ -64,6 +64,7 @@ class Door(Sleeper):
 
     def check_outside(self) -> None:
         """Raise `Misuse` in a function that this very job runs: it would wait for itself."""
+        self.check_here()
         if self.inside == get_ident():
             raise Misuse("a request to a job inside its own run()", hint="Use the transaction the function is given.")
 

@@ -45,6 +45,10 @@ def errand(name: str, steps: Steps[T], progress: Progress | None = None) -> Repl
         thread.start()
     except RuntimeError:  # the interpreter is shutting down and starts no threads any more
         going.run()
+    except BaseException:
+        if going.thread is None:  # an interrupt, and it will never run
+            _going.discard(going)
+        raise
     return going.reply
 
 
@@ -54,13 +58,18 @@ def going() -> list[Reply[Any]]:
 
 
 class Pause:
-    """All errands held between two steps. Made before a fork, ended after it by `end` in both processes."""
+    """All errands held between two steps, for the time of a fork."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self) -> None:
+        self._held: list[_Step] = []
+
+    def hold(self, seconds: float) -> None:
+        """Keep the next steps from beginning, waiting so long at the most for the end of these."""
         deadline = monotonic() + seconds
         me = get_ident()
-        everybody = [*(one.step for one in list(_going)), *list(_steps)]
-        self._held = [step for step in everybody if step.thread != me and step.hold(deadline - monotonic())]
+        for step in [*(one.step for one in list(_going)), *list(_steps)]:
+            if step.thread != me:
+                step.hold(deadline - monotonic(), self._held)
 
     def end(self) -> None:
         """Let the errands go on."""
@@ -91,9 +100,10 @@ class _Step:
         self.thread = None
         self._lock.release()
 
-    def hold(self, seconds: float) -> bool:
-        """Keep it from beginning anew, waiting for its end."""
-        return self._lock.acquire(timeout=max(0.0, seconds))
+    def hold(self, seconds: float, held: list[_Step]) -> None:
+        """Keep it from beginning anew, waiting for its end; it is put among those `held` then."""
+        if self._lock.acquire(timeout=max(0.0, seconds)):
+            held.append(self)
 
     def let_go(self) -> None:
         """Let it begin."""

@@ -130,9 +130,8 @@ class Mailbox(Door):
                 if self._refusal is None and not self._messages and not self._rung:
                     self.hold(token)
             if self._holder is token:
-                serve: Callable[..., Reply[Any]] | None = getattr(
-                    self, how
-                )  # with the turn: else the job may go to rest
+                # Looked up with the turn in hand: else the job might go to rest meanwhile.
+                serve: Callable[..., Reply[Any]] | None = getattr(self, how)
                 return None if serve is None else serve(*args)
         except StorageError:
             pass  # Nothing was applied. The worker knows how to wait until it can be.

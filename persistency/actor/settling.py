@@ -68,10 +68,11 @@ def cancel(reply: Reply[Any]) -> None:
 def abandon(replies: Iterable[Reply[Any]], error: BaseException) -> None:
     """In a forked child: settle the parent's replies without waking anybody, for nobody waits here."""
     gate._at_fork_reinit()  # type: ignore[attr-defined]  # as threading does with its own
-    for reply in replies:
-        for one in (reply, *(reply._followers or ())):
-            if one._state == PENDING:
-                one._exception, one._state, one._made_condition = error, FINISHED, None
+    everybody = list(replies)
+    for reply in everybody:
+        everybody += reply._followers or ()
+        if reply._state == PENDING:
+            reply._exception, reply._state, reply._made_condition = error, FINISHED, None
 
 
 def tell_if_unseen(reply: Reply[Any], error: BaseException, tell: Callable[[BaseException], None]) -> None:

@@ -14,8 +14,9 @@ from typing import Protocol
 class Slot(Protocol):
     """One worker's."""
 
-    idle_ttl: float | None
-    """After so many seconds without use a worker rests (`None`: never for that alone)."""
+    @property
+    def idle_ttl(self) -> float | None:
+        """After so many seconds without use a worker rests (`None`: never for that alone)."""
 
     def pressed(self) -> bool:
         """Say whether somebody waits for whom nobody was asked to rest yet."""

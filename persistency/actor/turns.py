@@ -167,7 +167,7 @@ class Turns:
         """Answer the requests that wait for changes, if there are some for them."""
         if not self._waiters or (store := self.store) is None:
             return []
-        last_version = store.status().last_version
+        last_version = store.last_version
         return self._waiters.answer(lambda message: store.read(message, self._now_ms()), last_version)
 
     def poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
@@ -202,7 +202,7 @@ class Turns:
         assert store is not None
         self._check_time()
         self.used_at = monotonic()
-        begun, before = perf_counter(), store.status().last_version
+        begun, before = perf_counter(), store.last_version
         try:
             outcome = store.apply([None, message, None], self._now_ms())[0]
         except OutcomeUnknown as error:
@@ -215,7 +215,7 @@ class Turns:
             raise
         except BaseException:
             # An interrupt: whether the message was committed before it came, its version tells.
-            if store.status().last_version != before:
+            if store.last_version != before:
                 self._accounts.count(ops, 0, in_place=True)
             raise
         if type(outcome) is Failed:

@@ -34,6 +34,7 @@ REAP_SECONDS = 1.0  # between slices while the mailbox has work, or after one th
 SLEEP_SECONDS_MAX = 300.0
 RETRY_SECONDS = 1.0  # after a sync or a checkpoint that failed
 FOLD_SECONDS = 5.0  # without a write, and the log is cut off
+FOLD_AGAIN_SECONDS = 60.0  # after somebody who reads there has kept it from being
 
 
 class Upkeep:
@@ -54,6 +55,7 @@ class Upkeep:
         self._version = 0  # of the last write seen
         self._reap_at = 0.0  # not before, while there is work
         self._failed = False
+        self._told = ""  # of what can't be done, so that it is told once
         self._planned_ms: int | None = None
         self._slept_at = (0, 0.0)  # what the clock said, and until when the worker was to sleep
 
@@ -86,7 +88,7 @@ class Upkeep:
         if self._log is not None:
             if self._sync_at is None and self._sync_interval is not None and self._log.unsynced:
                 return False
-            if self._fold_at is None and self._store.status().last_version != self._version:
+            if self._fold_at is None and self._store.last_version != self._version:
                 return False
         ends_ms = self._store.next_expiry_ms
         if ends_ms is None:
@@ -155,7 +157,7 @@ class Upkeep:
             self._sync_at = None
         elif self._sync_at is None and self._sync_interval is not None:
             self._sync_at = monotonic() + self._sync_interval
-        version = self._store.status().last_version
+        version = self._store.last_version
         if version != self._version:
             self._version = version
             self._fold_at = monotonic() + FOLD_SECONDS
@@ -166,12 +168,15 @@ class Upkeep:
 
     def _fold(self) -> None:
         assert self._log is not None
-        self._fold_at = None  # what couldn't be cut off is, after the next write or at the end
-        self._tried(self._log.fold)
+        log, self._fold_at = self._log, monotonic() + FOLD_AGAIN_SECONDS
+        folded: list[bool] = []
+        if self._tried(lambda: folded.append(log.fold())) and folded[0]:
+            self._fold_at = None
 
     def _tried(self, act: Callable[[], object]) -> bool:
         try:
             act()
+            self._told = ""
             return True
         except OutcomeUnknown as error:
             raise Harm(error.__cause__ or error) from error
@@ -179,7 +184,9 @@ class Upkeep:
             raise Harm(error) from error
         except StorageError as error:
             # Nothing is lost by it: it is tried again, and until then the log grows on.
-            log.warning("job %r: %s", self._job_id, error)
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("job %r: %s; it is tried again", self._job_id, error)
             return False
 
     def _may_reap(self, *, idle: bool) -> bool:

@@ -1,7 +1,7 @@
 """The worker: the life of one job. It opens the store, runs turns, looks after the store, rests, and ends.
 
-It has a thread while it is live. A job nobody uses may *rest*: its store is closed and its thread ends; the next post
-gets it another one, and the store is opened again. When the interpreter exits, posters serve themselves.
+A job nobody uses may *rest*: its store is closed and its thread ends; the next post gets it another one, and the store
+is opened again. When the interpreter exits, posters serve themselves.
 
 Rules:
   1. Every reply that was taken is settled, whatever happens, to the thread too.
@@ -38,16 +38,15 @@ from persistency.storage.port import PLACES, Barrier, Failed, Group, Store
 
 log = logging.getLogger("persistency")
 
-# How long a late poster waits for another one's turn: a thread that was frozen in the middle of it never gives it back.
+# So long a late poster waits for another one's turn: a thread frozen in the middle of it never gives it back.
 LATE_TURN_SECONDS_MAX = 5.0
 
 
 class Worker:
     """One job's worker: a daemon thread, and at interpreter exit whoever comes.
 
-    `open_store` is called in the thread that will run the job; `clock` stamps each group; `name_ops` turns a
-    message back into the operations its caller posted; `waiters_max` bounds the requests that wait for changes;
-    without a `slot` it never rests.
+    `open_store` is called in the thread that will run the job; `clock` stamps each group; `name_ops` turns a message
+    back into operations; `waiters_max` bounds the requests that wait for changes; without a `slot` it never rests.
     """
 
     def __init__(
@@ -79,13 +78,13 @@ class Worker:
         self._accounts = Accounts(self._tally, failures, mailbox, self.waiters, name_ops)
         self.turns = Turns(job_id, mailbox, self._accounts, self.waiters, self._tally, clock, stall_timeout)
         self.turns.written = self._after_write_in_place
+        self.ended: Callable[[], object] = lambda: None  # called when the store is closed for good
         self._serve_late = partial(self.serve, patience=LATE_TURN_SECONDS_MAX)
         self._upkeep: Upkeep | None = None
         self._resting = False  # without a store and a thread, until somebody posts
         self._over = False  # the thread has nothing left to do
         self._ended = False  # the store is closed, for good
         self._starting = threading.Lock()
-        self._begun = False  # the thread has
 
     @property
     def store(self) -> Store | None:
@@ -94,7 +93,7 @@ class Worker:
 
     @property
     def looks_idle(self) -> bool:
-        """Whether it could rest, as far as anybody can tell."""
+        """Whether it could rest."""
         return self.mailbox.idle and not self.waiters and self._tally.state == "live" and self.opened.done()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -128,7 +127,6 @@ class Worker:
         self.mailbox.close(lambda: Closed(f"job {self._job_id!r} is closed"))
         if dozed and self._slot is not None:
             if self.mailbox.ended:  # there is nothing to be opened for
-                self._resting = False
                 self._serve_late()
             else:
                 self._slot.wake()
@@ -195,18 +193,18 @@ class Worker:
     def _pause(self) -> float | None:
         if self._slot is not None and self._slot.pressed() and self.looks_idle:
             return 0.0
-        upkeep = self._upkeep  # another thread may poison the job at any moment
-        if upkeep is None or self.turns.poisoned:
+        if self.mailbox.taken:
+            self.mailbox.ring()  # so that the caller who has the turn rings when it is given back
+            return None
+        if (upkeep := self._upkeep) is None or self.turns.poisoned:
             return None
         pauses = [upkeep.pause()]
         if self._slot is not None and self._slot.idle_ttl is not None:
             left = self.turns.used_at + self._slot.idle_ttl - monotonic()
-            pauses.append(left if left > 0 else self._slot.idle_ttl)  # who waits for changes may keep it from resting
+            pauses.append(left if left > 0 else self._slot.idle_ttl)  # something keeps it from resting
         if (left_ms := self.turns.time_left_ms) is not None:
             pauses.append(max(0.1, left_ms / 1000))
         return min((pause for pause in pauses if pause is not None), default=None)
-
-    # -- forks ---------------------------------------------------------------------------------------------------
 
     def forsake(self, error: PersistencyError, *, quiet: bool) -> list[Reply[Any]]:
         """In a forked child: leave the parent's store alone from now on; return the replies nobody will answer.
@@ -252,8 +250,9 @@ class Worker:
             self._resting = not self.mailbox.ended
             return answers if self._resting else [*answers, *self._end()]
         self._over = self._ended = True
-        behind = self.mailbox.shut(lambda: Closed(f"job {self._job_id!r} could not be opened"))
+        self.ended()
         closed = Closed(f"job {self._job_id!r} could not be opened")
+        behind = self.mailbox.shut(lambda: closed)
         answers = [(self.opened, None, error), (self.closed, None, None)]
         answers += self._accounts.fail((group, closed, "not applied"), (behind, closed, "not applied"))
         return answers if self._retired is None else [*answers, (self._retired, None, None)]
@@ -281,7 +280,7 @@ class Worker:
         self.mailbox.serve_in_place(None, None, None)
         try:
             if store is not None:
-                store.close(tidy=tidy)
+                store.close(tidy=tidy, now_ms=self.clock.last_ms())
         except Exception as error:
             log.exception("job %r: the store couldn't be closed in order", self._job_id)
             return error
@@ -290,10 +289,11 @@ class Worker:
                 self._slot.give_back()
         return None
 
-    def _rest(self) -> None:
-        self._put_away()
-        self._tally.state = "idle"
-        self._resting = True
+    def _rest(self) -> list[Answer]:
+        if (lost := self._put_away()) is not None:
+            return self.turns.poison(lost, "not applied", [])
+        self._tally.state, self._resting = "idle", True
+        return []
 
     def _lie_down(self) -> None:
         """Doze until somebody posts; or end, if nobody will."""
@@ -305,11 +305,10 @@ class Worker:
             self.start_unattended()
 
     def _leave_to_others(self) -> None:
-        """Give the slot of a poisoned job back: there is nothing it will ever need it for."""
-        token = object()
-        if self._slot is not None and self.turns.poisoned and self.store is not None and self.mailbox.hold(token):
+        """Give the slot of a poisoned job back."""
+        if self._slot is not None and self.turns.poisoned and self.store is not None and self.mailbox.hold(self):
             self._put_away(tidy=False)
-            self.mailbox.give_back(token)
+            self.mailbox.give_back(self)
 
     # -- one turn ------------------------------------------------------------------------------------------------
 
@@ -363,7 +362,7 @@ class Worker:
         elif self._retired is not None and not self._retired.done():
             answers += self._retire()
         elif not again and self._may_rest():
-            self._rest()
+            answers += self._rest()
         elif self._slot is not None and self._over:  # late posts to many jobs mustn't keep all of their files open
             self._put_away()
         elif self.store is None and self._slot is not None:  # woken for nothing
@@ -383,6 +382,7 @@ class Worker:
         error = self._put_away(tidy=not self.turns.poisoned)
         self._over = self._ended = True
         self._tally.state = "closed"
+        self.ended()
         answers = self.waiters.refuse(Closed(f"job {self._job_id!r} is closed"))
         answers.append((self.closed, None, self._failures.take() or error))
         return answers if self._retired is None else [*answers, (self._retired, None, None)]

@@ -121,8 +121,12 @@ def restore(source: Path, target: Path, job_id: str, *, vfs: str | None = None) 
             files.check_regular(file)
         clear_attempts(target)
         with _beside(target) as copy:
-            found = _take(source, copy, vfs)
-            _seal(copy, {"job_id": job_id, "clean": 1} if found == schema.FORMAT else {}, vfs)
+            try:
+                found = _take(source, copy, vfs)
+                _seal(copy, {"job_id": job_id, "clean": 1} if found == schema.FORMAT else {}, vfs)
+            except Corrupt as error:
+                error.hint = "Take another backup; the job is as it was."
+                raise
             _clear_way(target, job_id, vfs)
             _publish(copy, target)
 

@@ -59,13 +59,18 @@ class DirectoryRoot:
     def _connect(self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions) -> apsw.Connection:
         """Return a connection to the job's file; to a fresh one, if the job has ended."""
         if not files.size(path):
+            if options.must_exist:
+                raise Corrupt(
+                    f"job {job_id!r} was dropped while it rested",
+                    hint="Close the job; opened again it is what is there now.",
+                )
             if files.size(path) == 0:
                 claim.check(0)
             elif claim.record.version:  # whoever removes a job's file means it
                 log.warning("job %r: its file, which was there, is gone; it begins anew", job_id)
                 claim.note(0, options.now_ms, None)
         files.prepare(path)
-        connection = schema.connect(path, options.durability, self._vfs)
+        connection = schema.connect(path, options.durability, self._vfs, lambda: claim.check(0))
         try:
             stored = schema.read_meta(connection)
             schema.check_job_id(connection, job_id, path, write=not stored["last_version"])
@@ -76,7 +81,8 @@ class DirectoryRoot:
                         raise Misuse(f"job {job_id!r} is there for good: leave ttl out, or drop the job first")
                     connection.execute(schema.NOTE, (schema.ENDS, options.expires_ms))
                 return connection
-            if claim.record.expires_ms != ends_ms:  # what is to be deleted must be certain
+            # What is to be deleted must be certain. A record that isn't there, or is damaged, contradicts nothing.
+            if claim.record.used_ms is not None and claim.record.expires_ms != ends_ms:
                 raise Corrupt(f"{str(path)!r} says it has ended, but its lock file doesn't", hint="Drop the job.")
             schema.own_log(connection)
         except BaseException:
@@ -145,13 +151,11 @@ class DirectoryRoot:
             claim.note(0, known.used_ms or 0, None)  # what was known is of what was there before
             try:
                 copying.restore(path, target, job_id, vfs=self._vfs)
-            except BaseException as error:
+            except BaseException:
                 if was is None and files.identity(target) is None:  # there is no job, and was none
                     claim.path.unlink(missing_ok=True)
                 elif files.identity(target) == was:
                     claim.note(known.version, known.used_ms or 0, known.expires_ms)
-                if isinstance(error, Corrupt):
-                    error.hint = "Take another backup; the job is as it was."
                 raise
         finally:
             claim.release()

@@ -289,9 +289,11 @@ class Claim:
 
     def note(self, version: int, used_ms: int, expires_ms: int | None) -> None:
         """Write down what was on the medium, and when. A full disk is no reason to fail: it is a note."""
-        self.record = Record(os.getpid(), version, used_ms, expires_ms)
+        before, self.record = self.record, Record(os.getpid(), version, used_ms, expires_ms)
         with contextlib.suppress(OSError):
             os.pwrite(self._handle, _written(self.record), 0)
+            if before.expires_ms != expires_ms:  # nobody else says that it is to be swept
+                os.fsync(self._handle)
 
     def _take(self) -> int:
         while True:

@@ -300,7 +300,7 @@ def _adds(message: Any) -> int:
 
 
 def intent(group: Group) -> tuple[bool, bool, list[Barrier]]:
-    """Return whether a group writes, whether it has a barrier that wants the medium, and those that want more."""
+    """Return whether a group writes, whether it has a barrier that wants the medium, and its barriers."""
     categories = group[::PLACES]
     if None not in categories:
         return bool(group), False, []
@@ -309,7 +309,7 @@ def intent(group: Group) -> tuple[bool, bool, list[Barrier]]:
     writes = len(messages) < len(categories) or bool(kinds - READS - {Barrier})
     barriers = [message for message in messages if type(message) is Barrier] if Barrier in kinds else []
     sync = any(barrier.sync for barrier in barriers)
-    return writes, sync, [barrier for barrier in barriers if barrier.fold or barrier.rebuild]
+    return writes, sync, barriers
 
 
 assert PLACES == 3, "a put's places are written out in this module"

@@ -133,7 +133,12 @@ class MemoryStore:
         """Return the numbers; there is no log."""
         return Status(self._version, 0, self._table.now_ms)
 
-    def close(self, *, tidy: bool = True) -> None:  # noqa: ARG002  # there is nothing to tidy up
+    @property
+    def last_version(self) -> int:
+        """The last version given."""
+        return self._version
+
+    def close(self, *, tidy: bool = True, now_ms: int = 0) -> None:  # noqa: ARG002  # there is nothing to tidy up
         """Forget everything."""
         self._table.categories.clear()
         self._accounts = Accounts(self._table, self.options)

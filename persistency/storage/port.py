@@ -123,7 +123,8 @@ class StoreOptions:
 
     `max_bytes` bounds the payloads of all live rows together (`None`: no bound); `feed_changes_max` is how many
     changes are kept (0: none). `now_ms` is when it is opened; a job that has ended by then starts empty. `expires_ms`
-    is when this one ends (`None`: as it was, and a new one never does).
+    is when this one ends (`None`: as it was, and a new one never does). One that `must_exist` isn't made: it was there
+    before, and was removed by somebody.
     """
 
     durability: Durability = "process"
@@ -131,6 +132,7 @@ class StoreOptions:
     feed_changes_max: int = 0
     now_ms: int = 0
     expires_ms: int | None = None
+    must_exist: bool = False
 
 
 class OutcomeUnknown(Exception):
@@ -196,8 +198,15 @@ class Store(Protocol):
     def status(self) -> Status:
         """Return the numbers; any thread may ask."""
 
-    def close(self, *, tidy: bool = True) -> None:
-        """Give up everything that is held; nothing is called afterwards. Not `tidy`: without writing anything more."""
+    @property
+    def last_version(self) -> int:
+        """The last version given. Any thread may look."""
+
+    def close(self, *, tidy: bool = True, now_ms: int = 0) -> None:
+        """Give up everything that is held; nothing is called afterwards.
+
+        Not `tidy`: without writing anything more. `now_ms` is when it was last used, if later than all it knows.
+        """
 
     def disown(self, *, quiet: bool) -> None:
         """In a forked child: change nothing that is the parent's; what is still called here fails with `Forked`.
@@ -220,8 +229,8 @@ class Checkpointing(Protocol):
     def checkpoint(self) -> None:
         """Carry the log over."""
 
-    def fold(self) -> None:
-        """Carry all of the log over and cut it off, as far as nobody else reads there."""
+    def fold(self) -> bool:
+        """Carry all of the log over and cut it off, if nobody else reads there; return whether it could be done."""
 
     def settle(self) -> None:
         """Leave the file as a clean close would, without closing it."""

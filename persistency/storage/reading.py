@@ -104,7 +104,12 @@ class SqliteReader:
         """Return the numbers, as of the last call. The log is the owner's."""
         return self._status
 
-    def close(self, *, tidy: bool = True) -> None:  # noqa: ARG002  # the port has it
+    @property
+    def last_version(self) -> int:
+        """The last version seen."""
+        return self._status.last_version
+
+    def close(self, *, tidy: bool = True, now_ms: int = 0) -> None:  # noqa: ARG002  # the port has it
         """Give up everything that is held; the files stay as they are."""
         snapshots, self._snapshots = self._snapshots, None
         if snapshots is not None:

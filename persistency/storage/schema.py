@@ -31,6 +31,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,12 @@ import apsw
 from persistency.errors import Corrupt, DiskFull, Forked, SchemaTooNew, StorageError, Unavailable
 from persistency.storage.files import size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
-from persistency.storage.wal import BUSY_MS
 
 log = logging.getLogger("persistency.storage")
 
 FORMAT = 2
 PAGE_BYTES = 4096
+BUSY_MS = 5000  # so long a statement waits for a lock of another process
 SYNCHRONOUS = {"process": "normal", "power": "full"}
 TIME_MS_MAX = 10**15  # a job's clock says no more
 _NUMBER_MAX = 2**62
@@ -154,8 +155,10 @@ def translated(error: Exception, doing: str) -> StorageError:
     return mine
 
 
-def connect(path: Path, durability: Durability, vfs: str | None = None) -> apsw.Connection:
-    """Open a job's database file and bring it to the current format.
+def connect(
+    path: Path, durability: Durability, vfs: str | None = None, begins: Callable[[], None] = lambda: None
+) -> apsw.Connection:
+    """Open a job's database file and bring it to the current format; `begins` may refuse to begin an empty one.
 
     Raises `Corrupt` for a file that isn't ours, `SchemaTooNew` for one from a newer release (both untouched), and
     the other storage errors for what the system refuses.
@@ -173,6 +176,7 @@ def connect(path: Path, durability: Durability, vfs: str | None = None) -> apsw.
         if connection.readonly("main") and os.access(path, os.W_OK):
             raise Corrupt(f"{str(path)!r} says that nobody may write it", hint="Restore it from a backup.")
         if found == 0:
+            begins()
             connection.pragma("auto_vacuum", "incremental")  # so that space can be given back in slices
         _set_up(connection, path, durability)
         if found != FORMAT:
@@ -232,7 +236,7 @@ _inherited: list[tuple[apsw.Connection, str]] = []  # in a forked child: what it
 
 def _in_child() -> None:
     _inherited[:] = _opened.items()
-    for connection, _ in _inherited:  # those that nobody closes must never be torn down
+    for connection, _ in _inherited:
         keep_for_ever(connection)
 
 
@@ -250,11 +254,6 @@ def _check_not_inherited(name: str) -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
-
-
-def disown(connection: apsw.Connection) -> None:
-    """In a forked child: have a connection of the parent's refuse everything."""
-    connection.authorizer = lambda *_: apsw.SQLITE_DENY
 
 
 def keep_for_ever(connection: apsw.Connection) -> None:

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 import apsw
 
-from persistency.errors import Corrupt, PersistencyError, StorageError
+from persistency.errors import Corrupt, StorageError
 from persistency.storage import checking, copying, schema
 from persistency.storage.beside import keep_beside
 from persistency.storage.files import Claim, Watch, sidecars, size
+from persistency.storage.folding import Folding
 from persistency.storage.group import OWN_FAULTS, Groups, ReadFault, intent
 from persistency.storage.port import (
     BackUp,
@@ -52,7 +53,7 @@ CHECKPOINT_IDLE_PAGES = 4_000  # with nobody waiting
 CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
 
 
-class SqliteStore:
+class SqliteStore(Folding):
     """A job's rows in one SQLite file, `path`, whose ownership, `claim`, is given up at `close`."""
 
     reads_in_place = True
@@ -178,6 +179,11 @@ class SqliteStore:
         return Status(self._table.version, log.pages * schema.PAGE_BYTES, self._table.now_ms, log.pinned)
 
     @property
+    def last_version(self) -> int:
+        """The last version given."""
+        return self._table.version
+
+    @property
     def unsynced(self) -> bool:
         """Whether something was committed that isn't on the medium yet."""
         return self._log.unsynced
@@ -185,84 +191,6 @@ class SqliteStore:
     def checkpoint_due(self, *, idle: bool) -> bool:
         """Say whether the log has grown past its limit."""
         return self._log.due(CHECKPOINT_IDLE_PAGES if idle else CHECKPOINT_FORCED_PAGES)
-
-    def checkpoint(self) -> None:
-        """Carry the log over into the file, as far as no other process is reading from it."""
-        self._checkpointed(self._log.carry_over)
-
-    def fold(self) -> None:
-        """Carry the whole log over and cut it off, if no other process is reading from it."""
-        self._checkpointed(self._log.cut_off)
-
-    def _checkpointed(self, checkpoint: Callable[[], object]) -> None:
-        try:
-            self._end_read()
-            checkpoint()
-        except apsw.Error as error:
-            failed = schema.translated(error, "a checkpoint failed")
-            if failed.code == apsw.SQLITE_IOERR_FSYNC:
-                raise OutcomeUnknown(str(error)) from failed
-            raise failed from error
-        if not self._log.unsynced:
-            self._take_note()
-
-    def settle(self) -> None:
-        """Mark the file as closed in order and carry the whole log over."""
-        try:
-            self._watch.check()
-            self._end_read()
-            ends = self._table.next_expiry_ms is not None
-            if not self._clean or ends:
-                self._execute("BEGIN IMMEDIATE")
-                self._execute("UPDATE meta SET value = 1 WHERE name = 'clean'")
-                if ends:
-                    self._execute(schema.NOTE, (LATEST_MS, self._table.now_ms))
-                self._execute("COMMIT")
-                self._clean = True
-            if (self._log.pages and not self._log.cut_off()) or self._log.unsynced:
-                self.apply([None, Barrier(sync=True), None], self._table.now_ms)
-            self._take_note()
-        except (apsw.Error, PersistencyError, OutcomeUnknown) as error:
-            self._roll_back()
-            # Nothing is lost: what was committed is in the log, and the next opening finds it there.
-            log.warning("a job's file couldn't be tidied up at close: %s", error)
-
-    def _take_note(self) -> None:
-        """Write down, beside the file, what it must hold from now on whatever happens to its log."""
-        version = self._claim.record.version if self._log.unsynced else self._table.version
-        used_ms = max(self._table.now_ms, self.options.now_ms)
-        self._claim.note(version, used_ms, self.expires_ms)
-
-    def close(self, *, tidy: bool = True) -> None:
-        """Close the file, if `tidy` in order, and give up its ownership, whatever happens.
-
-        Raises `Corrupt` if it isn't there any more: what was committed is lost.
-        """
-        with contextlib.ExitStack() as last:
-            last.callback(self._claim.release)
-            last.callback(self._watch.close)
-            last.callback(schema.close, self._connection)
-            if tidy:
-                self.settle()
-                self._watch.check(thorough=True)
-                return
-            with contextlib.suppress(apsw.Error):
-                self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-
-    def disown(self, *, quiet: bool) -> None:
-        """In a forked child: close the connection without touching the file, or have it refuse everything.
-
-        Closing is better: else SQLite's books of this process' locks, the parent's, stand in the way of the child's own
-        connection to the file. It writes nothing. In the middle of a transaction there is no such way.
-        """
-        self._watch.close()
-        with contextlib.suppress(apsw.Error):  # another thread of the parent may have been in the middle of it
-            self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-            if quiet:
-                self._connection.close()
-                return
-        with contextlib.suppress(apsw.Error):
-            schema.disown(self._connection)
 
     # -- transactions --------------------------------------------------------------------------------------------
 
@@ -272,6 +200,8 @@ class SqliteStore:
         # With "power" every commit is synced already, but not what a killed process has left.
         sync = sync and (self.options.durability == "process" or self._log.unsynced)
         if not writes and not sync:
+            if barriers:  # what they say is committed has to be there
+                self._watch.check()
             self._begin_read()
             outcomes = run(group, refused)
             self._make_smaller(barriers)
@@ -392,9 +322,10 @@ class SqliteStore:
         """Do what barriers want done outside of a transaction. It can't fail them: what they follow is committed."""
         try:
             for barrier in barriers:
-                self._end_read()
                 if barrier.rebuild:
+                    self._end_read()
                     copying.rebuild(self._connection)
-                self.fold()
+                if barrier.rebuild or barrier.fold:
+                    self.fold()
         except (apsw.Error, StorageError) as error:
             log.warning("a job's file couldn't be made smaller: %s", error)

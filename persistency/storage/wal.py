@@ -14,9 +14,10 @@ import logging
 
 import apsw
 
-log = logging.getLogger("persistency.storage")
+from persistency.storage.port import OutcomeUnknown
+from persistency.storage.schema import BUSY_MS, translated
 
-BUSY_MS = 5000  # so long a statement waits for a lock of another process
+log = logging.getLogger("persistency.storage")
 
 
 class WriteAheadLog:
@@ -51,6 +52,16 @@ class WriteAheadLog:
         return self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
 
     def _checkpoint(self, mode: int) -> bool:
+        """Run a checkpoint; return whether all went. Raises `StorageError`, or `OutcomeUnknown` for a failed sync."""
+        try:
+            return self._carry(mode)
+        except apsw.Error as error:
+            failed = translated(error, "a checkpoint failed")
+            if failed.code == apsw.SQLITE_IOERR_FSYNC:
+                raise OutcomeUnknown(str(error)) from failed
+            raise failed from error
+
+    def _carry(self, mode: int) -> bool:
         self._connection.set_busy_timeout(0)
         try:
             self._connection.wal_checkpoint(mode=mode)
@@ -69,7 +80,7 @@ class WriteAheadLog:
         except apsw.BusyError:  # somebody else is doing it
             self._carried = self.pages
             return
-        self.unsynced = False
+        # Whether the log was synced for it isn't said: a reader may have kept it from having anything to do.
         # A reader that is at the end keeps the log from being begun anew, but soon there will be another moment.
         if done < total or self._carried:
             self._pin()

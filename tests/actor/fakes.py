@@ -42,10 +42,10 @@ class HeldStore(MemoryStore):
             raise self.errors.pop(0)
         return super().apply(group, now_ms)
 
-    def close(self, *, tidy: bool = True) -> None:
+    def close(self, *, tidy: bool = True, now_ms: int = 0) -> None:
         """Count the closings."""
         self.closed += 1
-        super().close(tidy=tidy)
+        super().close(tidy=tidy, now_ms=now_ms)
 
 
 class Actor:

@@ -502,6 +502,8 @@ class Judge:
         found = [(at, value) for at, value in found]
         if any(type(at) is not Key for at, _ in found):
             self.find("type", f"{what}: keys that are none in {found!r:.300}")
+        if any(type(row) is bytes for _, row in expected) and any(type(row) is not bytes for _, row in found):
+            self.find("type", f"{what}: payloads that are none in {found!r:.300}")
         if found == list(expected):
             return
         wanted, there = dict(expected), dict(found)

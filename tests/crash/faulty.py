@@ -950,14 +950,14 @@ class Play:
             if entry.reply is not None:
                 try:
                     entry.answer = await entry.reply.within(self.limit)
-                except BaseException as error:
+                except Exception as error:
                     self._failed(entry, error)
 
     def _wait(self, entry: Posted) -> None:
         if entry.reply is not None:
             try:
                 entry.answer = entry.reply.result(self.limit)
-            except BaseException as error:
+            except Exception as error:
                 self._failed(entry, error)
 
     def _failed(self, entry: Posted, error: BaseException) -> None:

@@ -1,262 +1,58 @@
 """Processes that fork while they have jobs open: `python -m tests.crash.forking CASE ROOT [ARGUMENT ...]`.
 
-A child reports through a pipe what wasn't as promised; its end is seen by the end of the pipe. One that isn't there
-within its time limit is killed, and is a finding, with the stacks of its threads. What a case has found is printed as one
-object of JSON: `wrong` is a list of complaints, each "kind: what".
+With `--plant NAME` the engine is spoilt first, with `--limit SECONDS` a child has no longer than that. What a case has
+found is printed as one object of JSON: `wrong` is a list of complaints, each "kind: what".
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import faulthandler
-import hashlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from tests.crash.children import (
+    CHILD_SECONDS,
+    ENDS,
+    PLANTS,
+    WAIT,
+    Gate,
+    Leave,
+    be_child,
+    files,
+    forked,
+    hold_until_retired,
+    limit_children,
+    missing,
+    no_upkeep,
+    numbers,
+    third_process,
+    touched,
+    watch,
+)
 from tests.crash.held import KEPT, PENDING, post
-from tests.crash.running import replace_method
 
 if TYPE_CHECKING:
-    from persistency import Job, Persistency, Reply
-    from persistency.storage.port import Group
-    from persistency.storage.sqlite import SqliteStore
+    from persistency import Job, Persistency
 
-LIMIT = 10.0  # seconds for a child
-WAIT = 20.0  # seconds for whatever else must come
-# A complaint of any kind is an error, but for the one that says what is tried here: a fork beside threads.
-# What the cases leave open they do on purpose.
-FLAGS = ("-W", "error", "-W", "ignore:This process:DeprecationWarning", "-W", "ignore:unclosed:ResourceWarning")
-
-Act = Callable[[], "list[str]"]
-CASES: dict[str, Callable[..., "list[str]"]] = {}
+CASES: dict[str, Callable[..., list[str]]] = {}
 
 
 def case(run: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """Make a function a case; it gets the root and what else was said, and returns its complaints."""
     CASES[run.__name__] = run
     return run
-
-
-# -- children ---------------------------------------------------------------------------------------------------------
-
-
-class Leave(BaseException):
-    """Unwinds a child's stack to the end of `main`, which then returns."""
-
-
-def end_by_return() -> NoReturn:
-    """Return from main."""
-    raise Leave
-
-
-def end_by_exit() -> NoReturn:
-    """Call sys.exit(5)."""
-    sys.exit(5)
-
-
-def end_by_exception() -> NoReturn:
-    """End by an exception nobody catches."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it is known what it says
-    raise LookupError("nobody catches this")
-
-
-def end_at_once() -> NoReturn:
-    """Call os._exit(0)."""
-    os._exit(0)
-
-
-# Each way a child can end, and the return code it then has.
-ENDS: dict[str, tuple[Callable[[], NoReturn], int]] = {
-    "return": (end_by_return, 0),
-    "exit": (end_by_exit, 5),
-    "exception": (end_by_exception, 1),
-    "_exit": (end_at_once, 0),
-}
-
-
-def forked(act: Act, *, end: str = "_exit", limit: float = LIMIT, name: str = "the child") -> list[str]:
-    """Fork; have the child act and come to its end; return its complaints, and whatever is wrong with its end."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read)
-        _be_child(act, write, end, limit)
-    os.close(write)
-    return watch(pid, read, ENDS[end][1], limit, name)
-
-
-def _be_child(act: Act, write: int, end: str, limit: float) -> NoReturn:
-    faulthandler.dump_traceback_later(limit * 0.8, file=write)
-    try:
-        wrong = act()
-    except BaseException:
-        wrong = ["raised: " + traceback.format_exc()]
-    os.write(write, b"".join(json.dumps(complaint).encode() + b"\n" for complaint in wrong))
-    ENDS[end][0]()
-
-
-def watch(pid: int, read: int, code: int, limit: float, name: str) -> list[str]:
-    """Wait for a child's end; return its complaints."""
-    text, ended = b"", False
-    deadline = monotonic() + limit
-    with open(read, "rb", buffering=0) as pipe:
-        while not ended and select.select([pipe], [], [], max(0.0, deadline - monotonic()))[0]:
-            data = pipe.read(65536)
-            text, ended = text + data, not data
-    if not ended:
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    lines = text.decode(errors="replace").splitlines()
-    wrong = [json.loads(line) for line in lines if line.startswith('"')]
-    if not ended:
-        stacks = "\n".join(line for line in lines if not line.startswith('"'))
-        wrong.append(f"hang: {name} was still there after {limit} s\n{stacks}")
-    elif status != code:
-        wrong.append(f"end: {name} ended with {status}, not {code}")
-    return wrong
-
-
-# -- what is looked at ------------------------------------------------------------------------------------------------
-
-
-def files(root: Path) -> dict[str, tuple[Any, ...]]:
-    """Return what there is to see of every file under a root."""
-    seen = {}
-    for path in sorted(root.rglob("*")):
-        found = path.lstat()
-        data = path.read_bytes() if path.is_file() and path.suffix != ".lock" else b""
-        seen[str(path.relative_to(root))] = (found.st_ino, found.st_size, found.st_mtime_ns, hashlib.sha256(data).hexdigest())
-    return seen
-
-
-def touched(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> list[str]:
-    """Return which files were made, removed or changed."""
-    return [f"file: {name} was touched" for name in sorted(before | after) if before.get(name) != after.get(name)]
-
-
-def numbers(job: Job, category: str = "rows") -> list[int]:
-    """Return the numbers of a job's rows."""
-    return [key.parts[0] for key in job.keys(category).result(WAIT)]
-
-
-def missing(name: str, job: Job, count: int, category: str = "rows") -> list[str]:
-    """Complain unless a job has the rows 0, 1, ... up to a count, and is sound."""
-    found = numbers(job, category)
-    wrong = [] if found == list(range(count)) else [f"lost: {name} has {len(found)} rows of {count}"]
-    return wrong + [f"unsound: {name}: {problem}" for problem in job.check().result(WAIT)]
-
-
-FOREIGN = """
-import contextlib, json, os, sqlite3, sys
-root, foreign = sys.argv[1:]
-told = {}
-if foreign == "foreign":
-    with contextlib.closing(sqlite3.connect(root + "/alpha.db")) as connection:
-        told["count"] = connection.execute("SELECT count(*) FROM kv").fetchone()[0]
-from persistency import JobLocked, Persistency
-with Persistency(root) as persistency:
-    try:
-        with persistency.open_job("alpha") as job:
-            told["open"] = job.count("rows").result()
-    except JobLocked as error:
-        told["pid"] = error.pid
-print(json.dumps(told))
-"""
-
-
-def third_process(root: Path, *, foreign: bool = False) -> dict[str, int]:
-    """Have another process try to open the job `alpha`; a `foreign` one opens and closes its file with sqlite3 first.
-
-    Returns the `pid` that it was told of, or the rows it found in the `open` job, and the `count` of the foreign one.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", FOREIGN, str(root), "foreign" if foreign else ""],
-        capture_output=True, text=True, timeout=WAIT, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise AssertionError(f"the third process: {done.stderr}")
-    told: dict[str, int] = json.loads(done.stdout)
-    return told
-
-
-def no_upkeep() -> None:
-    """Have no worker look after its file by itself, so that nobody touches it but who is watched."""
-    from persistency.actor.upkeep import Upkeep
-
-    replace_method(Upkeep, "look_after", lambda *_args, **_how: None)
-    replace_method(Upkeep, "pause", lambda _upkeep: None)
-
-
-# -- holding workers --------------------------------------------------------------------------------------------------
-
-
-class Gate:
-    """Holds the worker of one job before every group, from `close` on, until it is let through."""
-
-    def __init__(self) -> None:
-        from persistency.storage.sqlite import SqliteStore
-
-        self.reached, self._go = threading.Semaphore(0), threading.Semaphore(0)
-        self._held = False
-        apply = SqliteStore.apply
-
-        def held(store: SqliteStore, group: Group, now_ms: int) -> list[Any]:
-            if self._held and threading.current_thread().name == "persistency:alpha":
-                self.reached.release()
-                self._go.acquire(timeout=WAIT)
-            return apply(store, group, now_ms)
-
-        replace_method(SqliteStore, "apply", held)
-
-    def close(self) -> None:
-        """Hold the next group."""
-        self._held = True
-
-    def wait(self) -> None:
-        """Wait until a group is held."""
-        assert self.reached.acquire(timeout=WAIT)
-
-    def let_one_through(self) -> None:
-        """Let the group go that is held."""
-        self._go.release()
-
-    def open(self) -> None:
-        """Hold nothing any more."""
-        self._held = False
-        self._go.release()
-
-
-def hold_until_retired() -> None:
-    """Have every worker of this process wait, before its next group, for the exit hook: what is posted is pending till then."""
-    from persistency.actor.worker import Worker
-    from persistency.storage.sqlite import SqliteStore
-
-    retiring = threading.Event()
-    retire, apply = Worker.retire, SqliteStore.apply
-
-    def retire_and_tell(worker: Worker) -> Reply[None]:
-        reply = retire(worker)
-        retiring.set()
-        return reply
-
-    def held(store: SqliteStore, group: Group, now_ms: int) -> list[Any]:
-        if threading.current_thread().name.startswith("persistency:"):
-            retiring.wait()
-        return apply(store, group, now_ms)
-
-    replace_method(Worker, "retire", retire_and_tell)
-    replace_method(SqliteStore, "apply", held)
 
 
 # -- every handle -----------------------------------------------------------------------------------------------------
@@ -438,7 +234,7 @@ def memory(root: Path) -> list[str]:
     handles.add("persistency", persistency, {**inherited.PERSISTENCY})
 
     def act() -> list[str]:
-        wrong: list[str] = handles.wrong()
+        wrong = list(handles.wrong())
         with Persistency(":memory:") as mine, mine.open_job("alpha") as own:
             found = numbers(own)
             post(own, 0, 5)
@@ -507,11 +303,11 @@ def in_run(root: Path, where: str) -> list[str]:
             if os.getpid() == parent:
                 raise
             told = [] if isinstance(error, Forked) else [f"handle: run raised {error!r} in the child"]
-            _be_child(lambda: told, write, "_exit", LIMIT)
+            be_child(lambda: told, write, "_exit")
         if not pid:
-            _be_child(lambda: ["handle: run was answered in the child"], write, "_exit", LIMIT)
+            be_child(lambda: ["handle: run was answered in the child"], write, "_exit")
         os.close(write)
-        wrong += watch(pid, read, 0, LIMIT, "the child of run")
+        wrong += watch(pid, read, 0, "the child of run")
         wrong += missing("the parent's job", job, 3)
     job.close()
     with Persistency(root) as persistency, persistency.open_job("child") as own:
@@ -556,7 +352,7 @@ def own_jobs(root: Path, end: str) -> list[str]:
         return wrong
 
     with aside(lambda: post(job, 1_000, 3_000)):
-        wrong = forked(act, end=end, limit=2 * LIMIT)
+        wrong = forked(act, end=end)
     post(job, 3_000, 4_000)
     wrong += missing("the parent's job", job, 4_000)
     if log.stat().st_ino != before:
@@ -577,14 +373,14 @@ def locks(root: Path) -> list[str]:
     post(job, 0, 10)
     wrong = []
     for end in ENDS:
-        wrong += forked(lambda: [], end=end)
+        wrong += forked(list, end=end)
     read, write = os.pipe()
     alive, held = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(held)
         os.read(alive, 1)  # until the parent lets it go
-        _be_child(lambda: [], write, "return", LIMIT)
+        be_child(list, write, "return")
     os.close(write)
     if (told := third_process(root)) != {"pid": os.getpid()}:
         wrong.append(f"lock: beside its owner {told}")
@@ -596,7 +392,7 @@ def locks(root: Path) -> list[str]:
         if (told := third_process(root)) != {"pid": os.getpid()}:
             wrong.append(f"lock: opened again {told}")
         os.close(held)
-        wrong += watch(pid, read, 0, LIMIT, "the child that lives on")
+        wrong += watch(pid, read, 0, "the child that lives on")
         if (told := third_process(root)) != {"pid": os.getpid()}:
             wrong.append(f"lock: with the child gone {told}")
     return wrong
@@ -613,7 +409,7 @@ def reopening(root: Path, beside: str) -> list[str]:
     def start() -> None:
         while not stop.is_set():
             if beside == "forks":
-                wrong.extend(forked(lambda: []))
+                wrong.extend(forked(list))
             else:
                 subprocess.run([sys.executable, "-S", "-c", ""], check=True)
 
@@ -711,7 +507,7 @@ def in_handler(root: Path) -> list[str]:
             signal.pthread_kill(main, signal.SIGUSR1)
 
     number = 0
-    deadline = monotonic() + LIMIT
+    deadline = monotonic() + WAIT
     with aside(interrupt):
         while children < 30 and monotonic() < deadline:
             job.put("rows", (number,), b"%d" % number)
@@ -721,7 +517,7 @@ def in_handler(root: Path) -> list[str]:
             if number % 31 == 0:
                 job.flush().result(WAIT)
             if number % 50 == 0:
-                wrong.extend(forked(lambda: use_own(root, f"plain-{number}", job)))
+                wrong.extend(forked(partial(use_own, root, f"plain-{number}", job)))
         stop.set()
         again.release()
     wrong += [] if children >= 10 else [f"other: only {children} forks in a handler"]
@@ -771,7 +567,8 @@ def in_threads(root: Path) -> list[str]:
     def work(me: int) -> None:
         started.wait(WAIT)
         for number in range(4):
-            wrong.extend(forked(lambda: use_own(root, f"child-{me}-{number}", job), name=f"child {me}-{number}"))
+            name = f"child-{me}-{number}"
+            wrong.extend(forked(partial(use_own, root, name, job), name=name))
 
     threads = [threading.Thread(target=work, args=(me,)) for me in range(4)]
     for thread in threads:
@@ -819,7 +616,7 @@ def in_callbacks(root: Path) -> list[str]:
     reply.result(WAIT)
     job.persist(Check("rows", (0,), 10**6))
     told.wait(WAIT)
-    job.backup(root.parent / "copy.db", lambda _done, _total: None if "progress" in places else fork_in("progress")).result(WAIT)
+    job.backup(root.parent / "copy.db", lambda *_: "progress" in places or fork_in("progress")).result(WAIT)
 
     async def main() -> None:
         waiting = asyncio.ensure_future(asyncio.wait_for(job.count("rows"), WAIT))
@@ -994,19 +791,19 @@ def outlive(root: Path, name: str, end: str) -> list[str]:
         if pid == 0:
             os.close(living)
             if end == "killed":  # nobody is left to watch it
-                faulthandler.dump_traceback_later(LIMIT, exit=True)
+                faulthandler.dump_traceback_later(CHILD_SECONDS, exit=True)
                 os.read(gone, 1)
                 wrong = _inherit(root)
                 print(json.dumps({"wrong": wrong}), flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
             os.read(gone, 1)
-            _be_child(lambda: _inherit(root), write, "return", LIMIT)
+            be_child(lambda: _inherit(root), write, "return")
         if end == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
     persistency.close()
     os.close(write)
     os.close(living)
-    wrong = watch(pid, read, 0, 2 * LIMIT, "the child")
+    wrong = watch(pid, read, 0, "the child")
     with Persistency(root) as persistency, persistency.open_job("alpha") as job:
         found = numbers(job)
         refused = any(complaint.startswith("refused") for complaint in wrong)
@@ -1040,83 +837,6 @@ def _inherit(root: Path) -> list[str]:
     return wrong
 
 
-# -- planted defects --------------------------------------------------------------------------------------------------
-
-
-def _without_hooks() -> None:
-    """Have nothing done about forks: as if no hook had ever been registered."""
-    import concurrent.futures.thread
-    import logging
-    import random  # noqa: F401  # these register hooks of their own
-    from unittest import mock
-
-    with mock.patch.object(os, "register_at_fork", lambda **_: None):
-        import persistency  # noqa: F401
-
-
-def _connection_carried_over() -> None:
-    """Have the child close the inherited connection as if it were its own: carrying the log over."""
-    from persistency.storage.sqlite import SqliteStore
-
-    def disown(store: SqliteStore, *, quiet: bool) -> None:
-        store._connection.pragma("wal_checkpoint(truncate)")
-        store._connection.close()
-
-    replace_method(SqliteStore, "disown", disown)
-
-
-def _connection_kept() -> None:
-    """Have the child keep the inherited connection open."""
-    from persistency.storage.sqlite import SqliteStore
-
-    replace_method(SqliteStore, "disown", lambda store, *, quiet: KEPT.append(store))
-
-
-def _lock_kept() -> None:
-    """Have the child keep the descriptors of the parent's locks."""
-    from persistency.storage import files
-
-    files._claims = set()  # type: ignore[assignment]
-
-
-def _replies_left() -> None:
-    """Have nobody settle in the child what nobody will answer there."""
-    from persistency import lifecycle
-
-    lifecycle.abandon = lambda _replies, _error: None
-
-
-def _handles_left() -> None:
-    """Have the engine not told of the fork."""
-    from persistency import lifecycle
-
-    lifecycle.in_child.clear()
-
-
-def _no_exit_hook() -> None:
-    from persistency import lifecycle
-
-    atexit.unregister(lifecycle._at_exit)
-
-
-def _no_finalize() -> None:
-    from persistency import lifecycle
-
-    lifecycle._finalize_child = lambda: None
-
-
-PLANTS: dict[str, Callable[[], None]] = {
-    "no fork hooks": _without_hooks,
-    "connection carried over": _connection_carried_over,
-    "connection kept": _connection_kept,
-    "lock kept": _lock_kept,
-    "replies left": _replies_left,
-    "handles left": _handles_left,
-    "no exit hook": _no_exit_hook,
-    "no Finalize": _no_finalize,
-}
-
-
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -1124,19 +844,22 @@ def _tell(wrong: list[str]) -> None:
     os.write(1, (json.dumps({"wrong": wrong}) + "\n").encode())
 
 
-def main(arguments: list[str]) -> None:
-    """Run one case, `CASE ROOT [ARGUMENT ...] [--plant NAME]`, and print what is wrong."""
+def main() -> None:
+    """Run one case and print what is wrong."""
     atexit.register(lambda: [act() for act in LATE])  # before the package registers its own, so after it
-    if "--plant" in arguments:
-        at = arguments.index("--plant")
-        PLANTS[arguments[at + 1]]()
-        del arguments[at : at + 2]
-    name, root, *rest = arguments
-    try:
-        _tell(CASES[name](Path(root), *rest))
-    except Leave:
-        return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--plant", choices=PLANTS)
+    parser.add_argument("--limit", type=float, default=CHILD_SECONDS)
+    given = parser.parse_args()
+    limit_children(given.limit)
+    if given.plant:
+        PLANTS[given.plant]()
+    with contextlib.suppress(Leave):
+        _tell(CASES[given.case](given.root, *given.rest))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

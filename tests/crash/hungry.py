@@ -15,17 +15,19 @@ import logging
 import resource
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 from persistency import Check, Failure, Job, Persistency, Put, WriteFailed, key
 from persistency.actor import failures
 from persistency.actor.bounds import Bounds, Level
 from persistency.actor.failures import FailureLog
+from persistency.storage.port import PLACES, Group
+from persistency.storage.sqlite import SqliteStore
 from tests.crash.running import replace_method
 
 MIB = 1024 * 1024
@@ -41,6 +43,7 @@ FAILURES_MAX, FAILED_BYTES_MAX = 1_000, MIB  # what is kept of what failed
 NO_BOUND = 10**12
 LOOK_EVERY = 500  # puts of a thread
 SPREAD = 2_654_435_761  # a prime: multiples of it visit every remainder, far from the one before
+SLOW_PER_SECOND = 50_000  # messages that a slow disk takes: far less than what is posted
 WAIT = 300.0  # seconds for which a thread waits for room, however slow the disk is
 
 Told = dict[str, Any]
@@ -289,6 +292,40 @@ def thread_large_puts(root: str, count: int) -> Told:
     return from_threads(root, count, post, min(count, 16))
 
 
+# -- the same beside a slow disk --------------------------------------------------------------------------------------
+
+_apply = SqliteStore.apply
+
+
+@contextlib.contextmanager
+def slow_disk() -> Iterator[None]:
+    """Have every group take long, so that whoever posts is far ahead on any machine."""
+
+    def apply(self: SqliteStore, group: Group, now_ms: int) -> list[Any]:
+        sleep(len(group) / PLACES / SLOW_PER_SECOND)
+        return _apply(self, group, now_ms)
+
+    replace_method(SqliteStore, "apply", apply)
+    try:
+        yield
+    finally:
+        replace_method(SqliteStore, "apply", _apply)
+
+
+@case()
+def slow_thread_puts(root: str, count: int) -> Told:
+    """Post small rows from eight threads."""
+    with slow_disk():
+        return thread_puts(root, count)
+
+
+@case(400_000)
+def slow_requests(root: str, count: int) -> Told:
+    """Ask for things nobody waits for."""
+    with slow_disk():
+        return requests(root, count)
+
+
 # -- the same, and everything fails -----------------------------------------------------------------------------------
 
 
@@ -402,17 +439,15 @@ def keep_failures(count: int, nbytes: int) -> None:
 
 PLANTS: dict[str, Plant] = {
     "mailbox without a bound": Plant(
-        lambda: replace_method(Bounds, "fit", _fit_always), "thread_puts", 300_000, {"grown"}
+        lambda: replace_method(Bounds, "fit", _fit_always), "slow_thread_puts", 250_000, {"grown"}
     ),
     "bytes without a bound": Plant(
         lambda: replace_method(Bounds, "fit", _fit_any_bytes), "thread_puts_by_bytes", 300_000, {"grown", "bound"}
     ),
     "requests without a bound": Plant(
-        lambda: replace_method(Bounds, "fit", _fit_always), "requests", 300_000, {"grown"}
+        lambda: replace_method(Bounds, "fit", _fit_always), "slow_requests", 200_000, {"grown"}
     ),
-    "every failure kept": Plant(
-        lambda: keep_failures(NO_BOUND, NO_BOUND), "failing_puts", 100_000, {"grown", "kept"}
-    ),
+    "every failure kept": Plant(lambda: keep_failures(NO_BOUND, NO_BOUND), "failing_puts", 100_000, {"grown", "kept"}),
     "every payload that failed kept": Plant(
         lambda: keep_failures(FAILURES_MAX, NO_BOUND), "failing_large_puts", 300, {"grown", "kept"}
     ),

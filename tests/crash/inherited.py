@@ -1,6 +1,6 @@
-"""What a forked child may do with what it has inherited: nothing. Every verb of every handle is tried, and each raises `Forked`.
+"""What a forked child may do with what it has inherited: nothing. Every verb of every handle is tried.
 
-A reply that was settled before the fork keeps its answer; one that wasn't is settled in the child, with `Forked`.
+Each has to raise `Forked`. A reply that was settled before the fork keeps its answer; one that wasn't is settled in the child, with `Forked`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ class Handles:
         feed = ChangeFeed(job, after=0, page=1)
         next(feed)
         self.add("feed", feed, {"next": lambda feed: [next(feed), next(feed)], "async": _walked(lambda feed: feed)})
-        self.add("new views", job, {"ChangeFeed": lambda job: next(ChangeFeed(job)), "KVStore": lambda j: KVStore(j).list()})
+        self.add(
+            "new views", job, {"ChangeFeed": lambda job: next(ChangeFeed(job)), "KVStore": lambda j: KVStore(j).list()}
+        )
         pages = iter(job.iterate("rows", page=1))
         next(pages)
         self.add("pages", pages, {"next": lambda pages: [next(pages), next(pages)]})
@@ -211,11 +213,10 @@ class Handles:
         pool.merge("client", {"by": "parent"}).result()
         self.add("pool", pool, POOL)
 
-    def wrong(self) -> list[str]:
-        """Try everything, in the child; return what didn't raise `Forked`."""
-        return [*self._wrong_handles(), *(wrong for name, reply in self.waiting.items() for wrong in unsettled(name, reply))]
-
-    def _wrong_handles(self) -> Iterator[str]:
+    def wrong(self) -> Iterator[str]:
+        """Try everything, in the child; give what didn't raise `Forked`."""
+        for name, reply in self.waiting.items():
+            yield from unsettled(name, reply)
         for name, handle, verbs in self.tried:
             for verb, call in verbs.items():
                 yield from not_forked(f"{name}.{verb}", lambda call=call, handle=handle: call(handle))  # type: ignore[misc]
