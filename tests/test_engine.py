@@ -910,7 +910,7 @@ def test_close_waits_for_every_job_though_one_fails(
     close = SqliteStore.close
     bad: list[Any] = []
 
-    def failing(store: Any, *, tidy: bool = True) -> None:
+    def failing(store: Any, **_how: Any) -> None:
         close(store)
         if store in bad:
             raise OSError(5, "the store can't be closed")

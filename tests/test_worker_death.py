@@ -17,6 +17,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,9 @@ class Actors:
             if self._rest:
                 other = self._persistency["other"]
                 await self._settled("flush of the other", other.flush())
+        self.closing = in_thread(job.close)
         if waiting is not None:
-            job_closed = in_thread(job.close)
             await self._settled("changes", waiting)
-            await asyncio.wrap_future(job_closed) if job_closed.exception(HANG_SECONDS) is None else None
 
     async def _settled(self, what: str, reply: Any) -> bool:
         """Say whether a request went well; one that isn't answered is what must not be."""
@@ -192,33 +192,30 @@ def act(place: Path, piece: str, at: int, kind: type[BaseException] = Thrown) ->
             if not isinstance(error, Thrown | Poisoned | Closed):
                 books.wrong.append(f"told: open: {error!r}")
         else:
-            asyncio.run(Actors(persistency, books, wall, rest).play(job))
-            _end(job, books, thrower)
-        closing = in_thread(persistency.close)
-        try:
-            closing.result(HANG_SECONDS)
-        except TimeoutError:
-            books.wrong.append("hang: Persistency.close")
-        except WriteFailed as failed:
-            books.note(failed)
-        except BaseException as error:
-            if not isinstance(error, Thrown | Poisoned):
-                books.wrong.append(f"told: close: {error!r}")
+            actors = Actors(persistency, books, wall, rest)
+            asyncio.run(actors.play(job))
+            _ended("close", actors.closing, books)
+            _count(job, books, thrower)
+        _ended("Persistency.close", in_thread(persistency.close), books)
     _look_again(place, books)
     return thrower, [f"{piece}, place {at} ({thrower.where}): {finding}" for finding in books.wrong]
 
 
-def _end(job: Job, books: Books, thrower: Thrower) -> None:
-    """Close the job, and look at its numbers."""
+def _ended(what: str, closing: Future[None], books: Books) -> None:
+    """Wait for a closing."""
     try:
-        in_thread(job.close).result(HANG_SECONDS)
+        closing.result(HANG_SECONDS)
     except TimeoutError:
-        books.wrong.append("hang: close")
+        books.wrong.append(f"hang: {what}")
     except WriteFailed as failed:
         books.note(failed)
     except BaseException as error:
         if not isinstance(error, Thrown | Poisoned):
-            books.wrong.append(f"told: close: {error!r}")
+            books.wrong.append(f"told: {what}: {error!r}")
+
+
+def _count(job: Job, books: Books, thrower: Thrower) -> None:
+    """Look at the numbers of a job that is closed."""
     numbers = job.statistics()
     if numbers.pending or numbers.accepted != numbers.committed + numbers.failed:
         books.wrong.append(f"numbers: {numbers}")

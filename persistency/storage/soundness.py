@@ -14,7 +14,7 @@ from typing import Any
 from persistency.errors import Corrupt
 
 
-def check_keys(keys: Iterable[Any]) -> None:
-    """Raise `Corrupt` if something else stands for a key: a damaged file may hold a number, text or NULL there."""
-    if not {bytes}.issuperset(map(type, keys)):
-        raise Corrupt("a row's key or category is no blob", hint="Restore the job from a backup.")
+def check_blobs(values: Iterable[Any]) -> None:
+    """Raise `Corrupt` if something else stands for a key or a payload: a number, a text, NULL."""
+    if not {bytes}.issuperset(map(type, values)):
+        raise Corrupt("a row's category, key or payload is no blob", hint="Restore the job from a backup.")

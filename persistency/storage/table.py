@@ -13,8 +13,7 @@ Doesn't know: transactions, groups, files, what an error means.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from operator import itemgetter
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import apsw
@@ -47,7 +46,7 @@ from persistency.storage.port import (
     UsedBytes,
 )
 from persistency.storage.quota import USED, USED_MS, Quota, count_used
-from persistency.storage.soundness import check_keys
+from persistency.storage.soundness import check_blobs
 
 TOGETHER_ROWS_MIN = 3  # below that, a statement for each row is as fast
 LATEST_MS = "latest_ms"
@@ -322,6 +321,7 @@ class Table:
         row = self.execute(_ENTRY, (message.category, message.key)).fetchone()
         if row is None or (row[3] is not None and row[3] <= self.now_ms):
             return None
+        check_blobs(row[:2])
         return StoredRow(*row)
 
     def conflict(self, message: Expect) -> Conflict | None:
@@ -344,7 +344,7 @@ class Table:
         sql = f"SELECT {columns}{sql} ORDER BY key {'DESC' if message.reverse else 'ASC'} LIMIT ?"
         limit = -1 if message.limit is None else message.limit
         rows: list[tuple[bytes, bytes]] = self.execute(sql, (*bindings, limit)).fetchall()
-        check_keys(map(itemgetter(0), rows))
+        check_blobs(chain.from_iterable(rows))
         return rows
 
     def count(self, message: CountRange) -> int:
@@ -360,7 +360,7 @@ class Table:
             at = self.execute(_NEXT_CATEGORY, (at,)).fetchone()[0]
             if at is None:
                 return found
-            check_keys([at])
+            check_blobs([at])
             sql, bindings = self._span(at, b"", None)
             if self.execute(f"SELECT EXISTS (SELECT 1{sql})", bindings).fetchone()[0]:
                 found.append(at)
@@ -369,7 +369,7 @@ class Table:
         """Return a category's live rows in the order of their versions."""
         sql, bindings = self._span(message.category, b"", None)
         rows = [StoredRow(*row) for row in self.execute(f"{_ENTRY_COLUMNS}{sql} ORDER BY version", bindings)]
-        check_keys(map(itemgetter(0), rows))
+        check_blobs(value for row in rows for value in row[:2])
         return rows
 
     def list_rows(self, message: ListRows) -> list[StoredRow]:
@@ -377,11 +377,11 @@ class Table:
         category, start, rows_max, bytes_max = message
         sql, bindings = self._span(category, start, None)
         # First how long they are, which doesn't read them: a page of long ones needn't be in memory at once.
-        sizes = self.execute(f"SELECT length(key) + length(payload){sql} ORDER BY key LIMIT ?", (*bindings, rows_max))
+        sizes = self.execute(f"SELECT ifnull(length(key) + length(payload), 0){sql} ORDER BY key LIMIT ?", (*bindings, rows_max))
         within = sum(1 for total in accumulate(size for (size,) in sizes.fetchall()) if total < bytes_max)
         sql = f"{_ENTRY_COLUMNS}{sql} ORDER BY key LIMIT ?"
         rows = [StoredRow(*row) for row in self.execute(sql, (*bindings, min(within + 1, rows_max)))]
-        check_keys(map(itemgetter(0), rows))
+        check_blobs(value for row in rows for value in row[:2])
         return rows
 
     def list_changes(self, message: ListChanges) -> list[StoredChange] | Failed:
