@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import itertools
 import os
 import random
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +23,8 @@ from typing import Any
 import pytest
 
 import persistency as package
-from persistency import CBOR, Category, Check, Closed, Job, Persistency, Poisoned, Put, WriteFailed
+from persistency import Check, Closed, Job, Persistency, Poisoned, Put, WriteFailed
 from persistency.actor import turns, worker
-from persistency.actor.worker import Worker
 from persistency.storage import sqlite
 from tests.conftest import Wall
 from tests.test_engine import WAIT, in_thread

@@ -1,6 +1,7 @@
 """What a forked child may do with what it has inherited: nothing. Every verb of every handle is tried.
 
-Each has to raise `Forked`. A reply that was settled before the fork keeps its answer; one that wasn't is settled in the child, with `Forked`.
+Each has to raise `Forked`. A reply that was settled before the fork keeps its answer; one that wasn't is settled in the
+child, with `Forked`.
 """
 
 from __future__ import annotations
