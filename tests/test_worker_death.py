@@ -2,29 +2,32 @@
 
 An exception from outside comes where a thread looks for one: when a function begins, and when one written in C returns.
 A `Thrower` counts these places in the life of one job's worker and throws at one of them; `act` plays a small piece
-meanwhile, with events, requests, waiting readers, rests and sweeps, and holds what came of it against what was promised.
-So every place can be tried; the plain test tries a share of them. Beside it `PyThreadState_SetAsyncExc` throws for real.
+meanwhile, with events, requests, waiting readers, rests and sweeps, and holds what came of it against the promises. So
+every place can be tried; the plain test tries a share of them. Beside it `PyThreadState_SetAsyncExc` throws for real.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import os
 import random
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 import persistency as package
-from persistency import Check, Closed, Job, Persistency, Poisoned, Put, WriteFailed
+from persistency import CBOR, Category, Check, Closed, Job, Persistency, Poisoned, Put, WriteFailed
 from persistency.actor import turns, worker
+from persistency.actor.worker import Worker
 from persistency.storage import sqlite
 from tests.conftest import Wall
 from tests.test_engine import WAIT, in_thread
@@ -32,6 +35,7 @@ from tests.test_engine import WAIT, in_thread
 PACKAGE = str(Path(package.__file__).parent)
 HANG_SECONDS = float(os.environ.get("HANG", "10"))
 PLACES_EACH = 60  # tried by the plain test, for each piece
+KINDS = (SystemExit, KeyboardInterrupt, MemoryError)  # what may come from outside in earnest
 NEVER = Check("c", ("never",), 10**6)  # a check that fails
 
 
@@ -60,7 +64,7 @@ class Thrower:
             self.where = f"{event} in {code.co_qualname}, {Path(code.co_filename).name}:{frame.f_lineno}"
             raise self._kind("from outside")
 
-    def __enter__(self) -> Thrower:
+    def __enter__(self) -> Self:
         threading.setprofile(self)
         return self
 
@@ -147,13 +151,12 @@ class Actors:
         except WriteFailed as failed:
             self._books.note(failed)
             return True
+        except (Poisoned, Closed, Thrown, *KINDS) as error:
+            if isinstance(error, Poisoned) and not isinstance(error.__cause__, Thrown | KINDS):
+                self._books.wrong.append(f"told: {what}: poisoned by {error.__cause__!r}")
         except (Exception, asyncio.CancelledError) as error:
-            self._check_told(what, error)
-        return False
-
-    def _check_told(self, what: str, error: BaseException) -> None:
-        if not isinstance(error, Poisoned | Closed | Thrown | package.StorageError):
             self._books.wrong.append(f"told: {what}: {error!r}")
+        return False
 
 
 PIECES: dict[str, dict[str, Any]] = {
@@ -168,7 +171,7 @@ def act(place: Path, piece: str, at: int, kind: type[BaseException] = Thrown) ->
     options = dict(PIECES[piece])
     books, wall = Books(), Wall()
     sync_interval = options.pop("sync_interval", None)
-    persistency = Persistency(place, clock=wall, **options)
+    persistency = Persistency(place, clock=wall, open_timeout=HANG_SECONDS, **options)
     rest = bool(options)
     thrower = Thrower(at, kind)
     with pytest.MonkeyPatch.context() as patch, thrower:
@@ -186,7 +189,7 @@ def act(place: Path, piece: str, at: int, kind: type[BaseException] = Thrown) ->
                 on_error=lambda _job_id, failures: books.told.extend(failures),
             )
         except BaseException as error:
-            if not isinstance(error, Thrown | Poisoned | Closed):
+            if not isinstance(error, Thrown | Poisoned | Closed | KINDS):
                 books.wrong.append(f"told: open: {error!r}")
         else:
             actors = Actors(persistency, books, wall, rest)
@@ -207,7 +210,7 @@ def _ended(what: str, closing: Future[None], books: Books) -> None:
     except WriteFailed as failed:
         books.note(failed)
     except BaseException as error:
-        if not isinstance(error, Thrown | Poisoned):
+        if not isinstance(error, Thrown | Poisoned | KINDS):
             books.wrong.append(f"told: {what}: {error!r}")
 
 
@@ -245,10 +248,310 @@ def _look_again(place: Path, books: Books) -> None:
         books.wrong.append(f"damage: {changes}")
 
 
+def places(place: Path, piece: str) -> int:
+    """Return how many places a piece has, give or take a few; check that it goes well if nothing is thrown."""
+    thrower, wrong = act(place, piece, 10**9)
+    assert wrong == []
+    return thrower.places
+
+
 def sweep(place: Path, piece: str, seed: int, share: float) -> Iterator[tuple[Thrower, list[str]]]:
     """Throw at a share of all places of a piece, chosen at random."""
     rng = random.Random(f"{seed} {piece}")
-    places = act(place / "whole", piece, 10**9)[0].places
-    for at in range(1, places + 1):
+    for at in range(1, places(place / "whole", piece) + 1):
         if rng.random() < share:
-            yield act(place / str(at), piece, at)
+            yield act(place / str(at), piece, at, rng.choice((Thrown, *KINDS)))
+
+
+# -- tests -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty directory, in memory where there is one."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(os.path.realpath(directory))
+
+
+@pytest.fixture(params=[{}, {"max_live_jobs": 2}], ids=str)
+def persistency(request: pytest.FixtureRequest, place: Path) -> Iterator[Persistency]:
+    """Give a root, without a limit and with one."""
+    with contextlib.suppress(WriteFailed, Poisoned), Persistency(place / "root", **request.param) as opened:
+        yield opened
+
+
+def of_worker(job: Job) -> int:
+    """Return the thread of a job's worker."""
+    ident = job._mailbox.worker_thread
+    assert ident is not None
+    return ident
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_an_exception_at_any_place_leaves_nobody_waiting(place: Path, piece: str) -> None:
+    """Issue 4.2, promise 7: wherever it comes, every reply is settled, the cause told, the numbers add up, no row lost."""
+    seed = 20_26
+    share = PLACES_EACH / places(place / "count", piece)
+    thrown, wrong = 0, []
+    for thrower, found in sweep(place, piece, seed, share):
+        thrown += bool(thrower.where)
+        wrong += found
+        if wrong:
+            break
+    assert wrong == [], f"seed {seed}"
+    assert thrown > PLACES_EACH // 2
+
+
+PLANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "the line is forgotten": lambda patch: patch.setattr(turns.Turns, "poison", lambda *_args: []),
+    "the group is forgotten": lambda patch: patch.setattr(
+        turns.Turns, "poison", lambda self, cause, outcome, group: POISON(self, cause, outcome, [])
+    ),
+}
+POISON = turns.Turns.poison
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_worker_that_forgets_who_waits_is_seen(place: Path, monkeypatch: pytest.MonkeyPatch, plant: str) -> None:
+    """Planted defects: the sweep reports an engine that doesn't tell those whom it can't serve any more."""
+    monkeypatch.setattr("tests.test_worker_death.HANG_SECONDS", 0.5)
+    PLANTS[plant](monkeypatch)
+    rng = random.Random(plant)
+    for at in rng.sample(range(300, 1_500), 40):
+        if act(place / str(at), "plain", at)[1]:
+            return
+    pytest.fail("not reported")
+
+
+def throw(ident: int, kind: type[BaseException]) -> bool:
+    """Throw into a thread; return whether there is such a thread."""
+    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind)))
+
+
+@pytest.mark.parametrize("kind", [Thrown, *KINDS])
+@pytest.mark.parametrize("seed", range(6))
+def test_exceptions_thrown_for_real(
+    place: Path, monkeypatch: pytest.MonkeyPatch, seed: int, kind: type[BaseException]
+) -> None:
+    """Issue 4.2: thrown from another thread, in the middle of a storm of posts and requests of several threads."""
+    monkeypatch.setattr(threading, "excepthook", lambda _args: None)
+    rng = random.Random(seed)
+    persistency = Persistency(place / "root", **rng.choice(({}, {"max_live_jobs": 1})))
+    job = persistency.open_job("a", on_error=lambda _job_id, _failures: None)
+    posted = threading.Semaphore(0)
+    stop = threading.Event()
+    accepted: list[list[int]] = [[], [], []]
+    acknowledged: set[tuple[int, int]] = set()
+
+    def storm(me: int) -> None:
+        with contextlib.suppress(Poisoned):
+            for number in itertools.count():
+                if stop.is_set():
+                    return
+                job.put("c", (me, number), b"x")
+                accepted[me].append(number)
+                if number % 10 == 9:
+                    # In line behind the put, so that the worker has to answer.
+                    asyncio.run(_asked(job.version()))
+                    acknowledged.add((me, number))
+                posted.release()
+
+    async def _asked(reply: Any) -> Any:
+        return await asyncio.wait_for(reply, WAIT)
+
+    threads = [in_thread(lambda me=me: storm(me)) for me in range(3)]  # type: ignore[misc]
+    for _ in range(rng.randrange(20, 300)):
+        assert posted.acquire(timeout=WAIT)
+    thrown = throw(job._mailbox.worker_thread or 0, kind)
+    for _ in range(100):
+        if job.statistics().state == "poisoned":
+            break
+        posted.acquire(timeout=0.05)
+    stop.set()
+    for thread in threads:
+        assert thread.exception(WAIT) is None
+    flushed = in_thread(lambda: job.flush().exception(WAIT))
+    error = flushed.exception(WAIT) or flushed.result()
+    state = job.statistics().state
+    assert state == "poisoned" if thrown else state in ("live", "idle", "poisoned")
+    if state == "poisoned":
+        assert isinstance(error, Poisoned)
+        assert isinstance(error.__cause__, kind)
+    with contextlib.suppress(WriteFailed):
+        in_thread(persistency.close).result(WAIT)
+    numbers = job.statistics()
+    assert numbers.accepted == numbers.committed + numbers.failed == sum(map(len, accepted))
+    with Persistency(place / "root") as again:
+        found = [key.parts for key in again.open_job("a").keys("c").result(WAIT)]
+    for me, numbers_of in enumerate(accepted):
+        mine = [number for writer, number in found if writer == me]
+        assert mine == numbers_of[: len(mine)], f"a hole, seed {seed}"
+    assert acknowledged <= set(found)
+    assert len(found) >= numbers.committed
+
+
+@pytest.mark.parametrize("pending", ["nothing", "posts", "requests", "a waiting reader", "a closing"])
+@pytest.mark.parametrize("kind", [Thrown, *KINDS])
+def test_a_thread_that_ends_leaves_nobody_waiting(
+    persistency: Persistency, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], pending: str
+) -> None:
+    """Issue 4.2: the thread is gone: the job is poisoned with the cause, all is settled, closing and opening work."""
+    monkeypatch.setattr(threading, "excepthook", lambda _args: None)
+    entered, may_die = threading.Event(), threading.Event()
+    really = Worker._live
+
+    def dies(self: Worker) -> None:
+        self.serve()
+        entered.set()
+        assert may_die.wait(WAIT)
+        raise kind("the end")
+
+    monkeypatch.setattr(Worker, "_live", dies)
+    told: list[Any] = []
+    job = persistency.open_job("a", feed_changes_max=5, on_error=lambda _id, failures: told.extend(failures))
+    monkeypatch.setattr(Worker, "_live", really)
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "persistency:a"]
+    assert entered.wait(WAIT)
+    job.commit([Put("c", ("before",), b"x")]).result(WAIT)  # in this thread
+    replies: list[Any] = []
+    closing = None
+
+    async def ask() -> None:
+        if pending == "requests":
+            replies.extend([job.commit([Put("c", ("k",), b"x")]), job.count("c"), job.flush(), job.version()])
+        if pending == "a waiting reader":
+            replies.append(job.changes(5, 5, wait=True))
+        if pending == "posts":
+            for number in range(10):
+                job.put("c", (number,), b"x")
+
+    asyncio.run(ask())
+    if pending == "a closing":
+        job.put("c", ("k",), b"x")
+        closing = in_thread(job.close)
+    may_die.set()
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    for reply in replies:
+        error = reply.exception(WAIT)
+        assert isinstance(error, Poisoned)
+        assert isinstance(error.__cause__, kind)
+    if closing is not None:
+        assert isinstance(closing.exception(WAIT), WriteFailed | Poisoned | None)
+    else:
+        assert job.statistics().state == "poisoned"
+        for refused in (lambda: job.put("c", ("k",), b""), lambda: job.get("c", ("k",)), job.flush):
+            with pytest.raises(Poisoned) as poisoned:
+                refused().result(WAIT)
+            assert isinstance(poisoned.value.__cause__, kind)
+        closed = in_thread(job.close).exception(WAIT)
+        assert isinstance(closed, WriteFailed if pending == "posts" else None)
+    numbers = job.statistics()
+    assert numbers.state == "closed"
+    assert numbers.accepted == numbers.committed + numbers.failed
+    again = persistency.open_job("a")
+    assert again.get("c", ("before",)).result(WAIT) == b"x"
+    again.put("c", ("after",), b"x")
+    again.flush().result(WAIT)
+    assert again.statistics().state == "live"
+
+
+@pytest.mark.parametrize("kind", [Thrown, *KINDS])
+def test_a_thread_that_ends_while_it_opens_tells_who_waits(
+    persistency: Persistency, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """Issue 4.2: all who wait for the opening are told the cause; it can be tried again."""
+    monkeypatch.setattr(threading, "excepthook", lambda _args: None)
+    really = Worker._open
+
+    def dies(_self: Worker) -> None:
+        raise kind("while it opens")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "_open", dies)
+        opening = [in_thread(lambda: persistency.open_job("a")) for _ in range(4)]
+        for one in opening:
+            error = one.exception(WAIT)
+            assert isinstance(error, kind | Poisoned | Closed), error
+            assert kind in (type(error), type(error.__cause__), type(error.__context__))
+    assert Worker._open is really
+    assert "a" not in persistency
+    assert persistency.open_job("a").version().result(WAIT) == 0
+
+
+# -- what others' functions throw --------------------------------------------------------------------------------------
+
+
+class Spoilt:
+    """A codec whose functions throw."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        self._kind = kind
+
+    def encode(self, value: Any) -> bytes:
+        if value == "bad":
+            raise self._kind("in encode")
+        return CBOR.encode(value)
+
+    def decode(self, data: bytes) -> Any:
+        value = CBOR.decode(data)
+        if value == "unreadable":
+            raise self._kind("in decode")
+        return value
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, GeneratorExit, Thrown, *KINDS])
+def test_whatever_others_functions_throw_the_worker_goes_on(
+    persistency: Persistency, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+) -> None:
+    """Issue 4.2: callbacks, `on_error`, codecs, functions, progress: it goes to its caller, or the log, and no further."""
+    called = threading.Semaphore(0)
+
+    def throws(*_args: Any) -> Any:
+        called.release()
+        raise kind("of somebody's")
+
+    job = persistency.open_job("a", on_error=throws, feed_changes_max=10)
+    job.flush().result(WAIT)
+    worker_thread = of_worker(job)
+
+    async def asked() -> None:
+        with pytest.raises(kind):
+            await _outcome(job.run(throws))
+        reply = job.commit([Put("c", ("k",), b"x")])
+        reply.add_done_callback(throws)
+        await reply
+        waiting = job.changes(10**6, 1, wait=True)
+        waiting.add_done_callback(throws)
+        waiting.cancel()
+        with pytest.raises(kind):
+            await _outcome(job.count("c").map(throws))
+
+    async def _outcome(reply: Any) -> Any:
+        done = threading.Event()
+        reply.add_done_callback(lambda _reply: done.set())
+        assert await asyncio.to_thread(done.wait, WAIT)
+        return reply.result(0)
+
+    asyncio.run(asked())
+    with pytest.raises(kind):
+        job.run(throws).result(WAIT)
+    with pytest.raises(kind):
+        job.backup(job.path.with_suffix(".copy"), progress=throws).result(WAIT)  # type: ignore[union-attr]
+    job.persist([NEVER])
+    with pytest.raises(WriteFailed):
+        job.flush().result(WAIT)
+    category = Category(job, "objects", codec=Spoilt(kind))
+    with pytest.raises(kind):
+        category.put(("k",), "bad")
+    category.put(("k",), "unreadable")
+    with pytest.raises(kind):
+        category.get(("k",)).result(WAIT)
+    for _ in range(6):
+        assert called.acquire(timeout=WAIT)
+    assert of_worker(job) == worker_thread
+    assert job.statistics().state == "live"
+    assert job.get("c", ("k",)).result(WAIT) == b"x"
+    assert (job.statistics().accepted, job.statistics().pending) == (job.statistics().committed + 3, 0)
+    assert "poisoned" not in caplog.text

@@ -43,9 +43,10 @@ class DirectoryRoot:
         try:
             if not files.clear_leftovers(path):
                 self._adopt(job_id, path)
+            left_log = bool(files.size(files.sidecars(path)[0]))
             connection = self._connect(job_id, path, claim, options)
             try:
-                return SqliteStore(connection, options, path, claim, self._vfs)
+                return SqliteStore(connection, options, path, claim, self._vfs, left_log=left_log)
             except BaseException:
                 schema.close(connection)
                 raise

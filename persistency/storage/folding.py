@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import apsw
 
-from persistency.errors import PersistencyError
+from persistency.errors import Corrupt, PersistencyError, StorageError
 from persistency.storage import schema
 from persistency.storage.files import Claim, Watch
 from persistency.storage.port import Barrier, Group, OutcomeUnknown, StoreOptions
@@ -51,6 +51,25 @@ class Folding:
 
     def _roll_back(self) -> None:
         """End what is left of a transaction. To be overridden."""
+
+    def _take_over(self, now_ms: int) -> None:
+        """Fold the log that a killed process, or a power cut, has left.
+
+        It may not be on the medium, whoever has read it. And what is damaged in it must not be written over: SQLite goes
+        on behind the last commit that is whole, and where the same is written again the old commits behind it count anew.
+        """
+        self._log.unsynced = True
+        try:
+            if self._log.cut_off():
+                return
+            if self.options.durability == "power":
+                self.apply([None, Barrier(sync=True), None], now_ms)
+        except OutcomeUnknown as error:  # nobody was told of anything yet
+            raise (error.__cause__ or error) from None
+        except Corrupt:
+            raise
+        except StorageError as error:
+            log.warning("a log that was left behind stays as it is: %s", error)
 
     def checkpoint(self) -> None:
         """Carry the log over into the file, as far as no other process is reading from it."""

@@ -24,7 +24,7 @@ import apsw
 from persistency.errors import Corrupt, StorageError
 from persistency.storage import checking, copying, schema
 from persistency.storage.beside import keep_beside
-from persistency.storage.files import Claim, Watch, sidecars, size
+from persistency.storage.files import Claim, Watch
 from persistency.storage.folding import Folding
 from persistency.storage.group import OWN_FAULTS, Groups, ReadFault, intent
 from persistency.storage.port import (
@@ -54,12 +54,22 @@ CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
 
 
 class SqliteStore(Folding):
-    """A job's rows in one SQLite file, `path`, whose ownership, `claim`, is given up at `close`."""
+    """A job's rows in one SQLite file, `path`, whose ownership, `claim`, is given up at `close`.
+
+    `left_log`: there was a log beside it before it was opened.
+    """
 
     reads_in_place = True
 
     def __init__(
-        self, connection: apsw.Connection, options: StoreOptions, path: Path, claim: Claim, vfs: str | None = None
+        self,
+        connection: apsw.Connection,
+        options: StoreOptions,
+        path: Path,
+        claim: Claim,
+        vfs: str | None = None,
+        *,
+        left_log: bool = False,
     ) -> None:
         stored = schema.read_meta(connection)
         claim.check(stored["last_version"])
@@ -94,13 +104,8 @@ class SqliteStore(Folding):
         self._clean = stored.get("clean") == 1
         self._watch = Watch(path)
         connection.set_wal_hook(self._on_commit)
-        # What a process that was killed has left there it may not have synced.
-        self._log.unsynced = bool(size(sidecars(path)[0]))
-        if self._log.unsynced and options.durability == "power":
-            try:
-                self.apply([None, Barrier(sync=True), None], max(options.now_ms, latest_ms))
-            except OutcomeUnknown as error:  # nobody was told of anything yet
-                raise (error.__cause__ or error) from None
+        if left_log:
+            self._take_over(max(options.now_ms, latest_ms))
         self._take_note()
 
     # -- the port ------------------------------------------------------------------------------------------------

@@ -377,7 +377,9 @@ class Table:
         category, start, rows_max, bytes_max = message
         sql, bindings = self._span(category, start, None)
         # First how long they are, which doesn't read them: a page of long ones needn't be in memory at once.
-        sizes = self.execute(f"SELECT ifnull(length(key) + length(payload), 0){sql} ORDER BY key LIMIT ?", (*bindings, rows_max))
+        sizes = self.execute(
+            f"SELECT ifnull(length(key) + length(payload), 0){sql} ORDER BY key LIMIT ?", (*bindings, rows_max)
+        )
         within = sum(1 for total in accumulate(size for (size,) in sizes.fetchall()) if total < bytes_max)
         sql = f"{_ENTRY_COLUMNS}{sql} ORDER BY key LIMIT ?"
         rows = [StoredRow(*row) for row in self.execute(sql, (*bindings, min(within + 1, rows_max)))]

@@ -22,7 +22,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from tests.crash.children import (
+from tests.crash.forked import (
     CHILD_SECONDS,
     ENDS,
     PLANTS,

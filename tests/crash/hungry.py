@@ -15,18 +15,18 @@ import logging
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from persistency import Check, Failure, Job, Persistency, Put, WriteFailed, key
 from persistency.actor import failures
 from persistency.actor.bounds import Bounds, Level
 from persistency.actor.failures import FailureLog
-from persistency.storage.port import PLACES, Group
+from persistency.storage.port import Group
 from persistency.storage.sqlite import SqliteStore
 from tests.crash.running import replace_method
 
@@ -43,7 +43,7 @@ FAILURES_MAX, FAILED_BYTES_MAX = 1_000, MIB  # what is kept of what failed
 NO_BOUND = 10**12
 LOOK_EVERY = 500  # puts of a thread
 SPREAD = 2_654_435_761  # a prime: multiples of it visit every remainder, far from the one before
-SLOW_PER_SECOND = 50_000  # messages that a slow disk takes: far less than what is posted
+STILL_SECONDS = 0.1  # for which nothing may have been posted when a slow disk goes on
 WAIT = 300.0  # seconds for which a thread waits for room, however slow the disk is
 
 Told = dict[str, Any]
@@ -148,6 +148,33 @@ def complaints(name: str, count: int, told: Told) -> list[str]:
     return [f"{complaint} ({name}, {count:,})" for complaint in found]
 
 
+_apply = SqliteStore.apply
+
+
+class SlowDisk:
+    """A disk on which a group takes until nobody has posted anything for a while: all that have to wait, do.
+
+    So the producers are as far ahead as the bounds let them, on any machine. `posted` is what they count up.
+    """
+
+    def __init__(self) -> None:
+        self.posted = 0
+
+    def __enter__(self) -> Self:
+        def apply(store: SqliteStore, group: Group, now_ms: int) -> list[Any]:
+            before = -1
+            while self.posted != before:
+                before = self.posted
+                sleep(STILL_SECONDS)
+            return _apply(store, group, now_ms)
+
+        replace_method(SqliteStore, "apply", apply)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        replace_method(SqliteStore, "apply", _apply)
+
+
 # -- producers alone: a plain loop, and an event loop -----------------------------------------------------------------
 
 
@@ -163,8 +190,14 @@ def puts(root: str, count: int) -> Told:
 @case()
 def requests(root: str, count: int) -> Told:
     """Ask for things nobody waits for, behind a put each time, so that they aren't answered in place."""
+    return ask(root, count, SlowDisk())
+
+
+def ask(root: str, count: int, disk: SlowDisk) -> Told:
+    """Put, ask and commit in turn; tell a disk of it."""
     with Persistency(root) as persistency, persistency.open_job("alpha") as job:
         for number in range(0, count, 10):
+            disk.posted += 1
             job.put("rows", key("channel", number), payload(number))
             for _ in range(8):
                 job.get("rows", key("channel", number))
@@ -256,12 +289,6 @@ def thread_random_puts(root: str, count: int) -> Told:
     return from_threads(root, count, put_anywhere, count)
 
 
-@case(fills=True)
-def thread_puts_by_bytes(root: str, count: int) -> Told:
-    """Post small rows where nothing but the bytes is bounded."""
-    return from_threads(root, count, put, count, mailbox_ops_max=NO_BOUND)
-
-
 @case(200_000, LARGE_MIB_MAX, fills=True)
 def thread_kib_puts(root: str, count: int) -> Told:
     """Post payloads of 1 KiB."""
@@ -294,36 +321,35 @@ def thread_large_puts(root: str, count: int) -> Told:
 
 # -- the same beside a slow disk --------------------------------------------------------------------------------------
 
-_apply = SqliteStore.apply
 
+def slow(root: str, count: int, **options: Any) -> Told:
+    """Post small rows from eight threads to a slow disk."""
+    with SlowDisk() as disk:
 
-@contextlib.contextmanager
-def slow_disk() -> Iterator[None]:
-    """Have every group take long, so that whoever posts is far ahead on any machine."""
+        def post(job: Job, number: int) -> None:
+            put(job, number)
+            disk.posted += 1
 
-    def apply(self: SqliteStore, group: Group, now_ms: int) -> list[Any]:
-        sleep(len(group) / PLACES / SLOW_PER_SECOND)
-        return _apply(self, group, now_ms)
-
-    replace_method(SqliteStore, "apply", apply)
-    try:
-        yield
-    finally:
-        replace_method(SqliteStore, "apply", _apply)
+        return from_threads(root, count, post, count, **options)
 
 
 @case()
 def slow_thread_puts(root: str, count: int) -> Told:
-    """Post small rows from eight threads."""
-    with slow_disk():
-        return thread_puts(root, count)
+    """Post small rows; the bound on operations is the one that counts."""
+    return slow(root, count)
+
+
+@case(fills=True)
+def slow_thread_puts_by_bytes(root: str, count: int) -> Told:
+    """Post small rows where nothing but the bytes is bounded."""
+    return slow(root, count, mailbox_ops_max=NO_BOUND)
 
 
 @case(400_000)
 def slow_requests(root: str, count: int) -> Told:
     """Ask for things nobody waits for."""
-    with slow_disk():
-        return requests(root, count)
+    with SlowDisk() as disk:
+        return ask(root, count, disk)
 
 
 # -- the same, and everything fails -----------------------------------------------------------------------------------
@@ -439,10 +465,10 @@ def keep_failures(count: int, nbytes: int) -> None:
 
 PLANTS: dict[str, Plant] = {
     "mailbox without a bound": Plant(
-        lambda: replace_method(Bounds, "fit", _fit_always), "slow_thread_puts", 250_000, {"grown"}
+        lambda: replace_method(Bounds, "fit", _fit_always), "slow_thread_puts", 200_000, {"grown"}
     ),
     "bytes without a bound": Plant(
-        lambda: replace_method(Bounds, "fit", _fit_any_bytes), "thread_puts_by_bytes", 300_000, {"grown", "bound"}
+        lambda: replace_method(Bounds, "fit", _fit_any_bytes), "slow_thread_puts_by_bytes", 200_000, {"grown", "bound"}
     ),
     "requests without a bound": Plant(
         lambda: replace_method(Bounds, "fit", _fit_always), "slow_requests", 200_000, {"grown"}
