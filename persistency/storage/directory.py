@@ -74,6 +74,7 @@ class DirectoryRoot:
         connection = schema.connect(path, options.durability, self._vfs, lambda: claim.check(0))
         try:
             stored = schema.read_meta(connection)
+            claim.check(stored["last_version"])
             schema.check_job_id(connection, job_id, path, write=not stored["last_version"])
             ends_ms = stored.get(schema.ENDS)
             if ends_ms is None or options.now_ms < ends_ms:

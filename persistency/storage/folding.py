@@ -55,8 +55,8 @@ class Folding:
     def _take_over(self, now_ms: int) -> None:
         """Fold the log that a killed process, or a power cut, has left.
 
-        It may not be on the medium, whoever has read it. And what is damaged in it must not be written over: SQLite goes
-        on behind the last commit that is whole, and where the same is written again the old commits behind it count anew.
+        It may not be on the medium, whoever has read it. And it mustn't be gone on with: SQLite writes behind the last
+        commit that is whole, and where the same is written again the lost commits behind that one count anew.
         """
         self._log.unsynced = True
         try:

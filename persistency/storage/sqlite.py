@@ -72,7 +72,6 @@ class SqliteStore(Folding):
         left_log: bool = False,
     ) -> None:
         stored = schema.read_meta(connection)
-        claim.check(stored["last_version"])
         schema.own_log(connection)
         self.options = options
         self.expires_ms = stored.get(schema.ENDS)

@@ -374,15 +374,13 @@ class Table:
 
     def list_rows(self, message: ListRows) -> list[StoredRow]:
         """Return a page of live rows, by key."""
-        category, start, rows_max, bytes_max = message
-        sql, bindings = self._span(category, start, None)
-        # First how long they are, which doesn't read them: a page of long ones needn't be in memory at once.
-        sizes = self.execute(
-            f"SELECT ifnull(length(key) + length(payload), 0){sql} ORDER BY key LIMIT ?", (*bindings, rows_max)
-        )
-        within = sum(1 for total in accumulate(size for (size,) in sizes.fetchall()) if total < bytes_max)
+        sql, bindings = self._span(message.category, message.start, None)
+        # First how long they are, without reading them: not all of a page need be in memory.
+        lengths = f"SELECT ifnull(length(key) + length(payload), 0){sql} ORDER BY key LIMIT ?"
+        sizes = [size for (size,) in self.execute(lengths, (*bindings, message.rows_max))]
+        within = sum(1 for total in accumulate(sizes) if total < message.bytes_max)
         sql = f"{_ENTRY_COLUMNS}{sql} ORDER BY key LIMIT ?"
-        rows = [StoredRow(*row) for row in self.execute(sql, (*bindings, min(within + 1, rows_max)))]
+        rows = [StoredRow(*row) for row in self.execute(sql, (*bindings, min(within + 1, message.rows_max)))]
         check_blobs(value for row in rows for value in row[:2])
         return rows
 

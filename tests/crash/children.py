@@ -1,4 +1,4 @@
-"""Programs whose processes have children, or are told to end: run by tests/test_children.py in a process of their own."""
+"""Programs that have children, or are told to end: run by tests/test_children.py in processes of their own."""
 
 from __future__ import annotations
 

@@ -239,8 +239,8 @@ class Gate:
         self._go.release()
 
 
-def hold_until_retired() -> None:
-    """Have every worker of this process wait, before its next group, for the exit hook."""
+def hold_until_retired() -> threading.Event:
+    """Have every worker of this process wait, before its next group, for the exit hook, or for the event."""
     from persistency.actor.worker import Worker
     from persistency.storage.sqlite import SqliteStore
 
@@ -259,6 +259,7 @@ def hold_until_retired() -> None:
 
     replace_method(Worker, "retire", retire_and_tell)
     replace_method(SqliteStore, "apply", held)
+    return retiring
 
 
 # -- planted defects --------------------------------------------------------------------------------------------------
