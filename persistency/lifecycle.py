@@ -229,13 +229,13 @@ class _Fork:
     def hold(self) -> None:
         """Wait until nobody is in the middle of anything, for a moment. What is held is noted before it is taken."""
         deadline = monotonic() + _FORK_SECONDS
-        self._locked = _lock.acquire()
         self._errands.hold(_FORK_SECONDS)
         for worker in list(_workers):
             token = object()
             self._tokens.append((worker, token))
             if worker.mailbox.hold(token, deadline - monotonic()):
                 self._quiet.add(id(worker))
+        self._locked = _lock.acquire()  # lastly: a worker that ends needs it in its turn
 
     def end(self) -> None:
         """Let everybody go on, in the parent."""
@@ -257,26 +257,28 @@ class _Fork:
         abandon(replies, forked)
 
 
-_forks: list[_Fork] = []  # a signal handler may fork in the middle of another fork
+# By thread, for two may fork at once; and a signal handler may fork in the middle of another fork.
+_forks: dict[int, list[_Fork]] = {}
 
 
 def _before_fork() -> None:
     fork = _Fork()
-    _forks.append(fork)
+    _forks.setdefault(threading.get_ident(), []).append(fork)
     fork.hold()  # a Ctrl-C from here on finds it noted, and all that it holds is given back
 
 
 def _in_parent() -> None:
-    if _forks:
-        _forks.pop().end()
+    mine = _forks.get(threading.get_ident())
+    if mine:
+        mine.pop().end()
 
 
 def _in_child() -> None:
     global _lock, _exiting  # noqa: PLW0603  # another thread of the parent may have held it
     _lock = threading.RLock()
     _exiting = False
-    if _forks:
-        _forks[-1].end_in_child()
+    if mine := _forks.get(threading.get_ident()):
+        mine[-1].end_in_child()
     _forks.clear()
     _charges.clear()
     _workers.clear()
@@ -284,6 +286,8 @@ def _in_child() -> None:
         getattr(sys.modules[module], act)()
 
 
+# Twice: a Ctrl-C at the very beginning of it, before it takes signals itself, ends only the first.
+atexit.register(_at_exit)
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
