@@ -136,11 +136,10 @@ class Worker:
         """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
         if self._wakes_nobody():
             self.start_unattended()
-            return ready()
-        if self._retired is None:
+        elif self._retired is None:
             self._retired = pending(self.mailbox, reads=False)
             self.mailbox.ring()
-        if self._over:  # without a thread already: whoever asks does it
+        if self._over or self._retired is None:  # without a thread already: whoever asks does it
             self._serve_late()
             return ready()
         return self._retired
@@ -316,21 +315,24 @@ class Worker:
         """Run one turn; with `patience`, wait so many seconds for it if somebody else has it."""
         if self._ended:
             return
-        token = object()
+        token, again = object(), False
         answers: list[Answer] = []
         group: Group | None = None
-        again = False
         try:
             group = self.mailbox.take(token, patience=patience)
             if group is None:
                 return
             again = bool(group)
-            answers = self._turn(group)
+            self._turn(group, answers, again=again)
         except BaseException as error:
             # A defect, or an exception somebody has thrown into this thread: nobody may be left waiting for it.
             answers += self.turns.poison(error, "unknown", group or [])
         finally:
-            self.mailbox.give_back(token)
+            try:
+                self.mailbox.give_back(token)
+            except BaseException:  # thrown into this thread; nobody else would give it back
+                self.mailbox.give_back(token)
+                raise
         settle_all(answers)
         if not self.turns.poisoned and (upkeep := self._upkeep) is not None:
             upkeep.look_after(self.turns, reaps=not self._over)
@@ -339,20 +341,19 @@ class Worker:
             del answers
             self.serve(patience=patience)
 
-    def _turn(self, group: Group) -> list[Answer]:
-        answers: list[Answer] = []
-        again = bool(group)
+    def _turn(self, group: Group, answers: list[Answer], *, again: bool) -> None:
         if self.store is None and (group or not self.opened.done()) and not self.turns.poisoned:
             unwanted = not group and self.mailbox.ended
             error = Closed(f"job {self._job_id!r} was closed before it was open") if unwanted else self._open()
             if error is not None:
-                return self._not_opened(error, group)
+                answers += self._not_opened(error, group)
+                return
             if not self.opened.done():
                 settle_all([(self.opened, None, None)])
         if group:
             if self._slot is not None:
                 self._slot.decline()
-            answers = self.turns.decide(group)
+            answers += self.turns.decide(group)
             group.clear()  # so that an interrupt from now on fails nothing twice
         answers += self.turns.tell_waiters()
         if self.mailbox.has_ended:
@@ -368,7 +369,6 @@ class Worker:
         elif self.store is None and self._slot is not None:  # woken for nothing
             self._resting = True
             self._slot.give_back()
-        return answers
 
     def _after_write_in_place(self) -> None:
         upkeep = self._upkeep
