@@ -102,5 +102,5 @@ PLANTS: dict[str, set[str]] = {
     "swapped halves": {"hole", "version"},
     "answer before commit": {"lost"},
     "answer before posting": {"lost"},
-    "version not stored": {"version"},
+    "version not stored": {"version", "file"},  # or opening says that writes are lost
 }
