@@ -737,6 +737,8 @@ class Machine(RuleBasedStateMachine):
         outcome = self.answer(self.job.flush)
         failed, self.failed = self.failed, 0
         told = len(outcome.failures) + outcome.omitted if isinstance(outcome, WriteFailed) else outcome
+        if isinstance(outcome, WriteFailed):
+            reached.update({type(failure.error).__name__ for failure in outcome.failures})
         assert told == (failed or None)
         numbers = self.job.statistics()
         assert (numbers.pending, numbers.mailbox_bytes, numbers.state) == (0, 0, "live")
@@ -973,9 +975,9 @@ def test_the_machine_comes_to_what_it_should() -> None:
     names = ["Conflict", "QuotaExceeded", "FeedTruncated", "KeyError", "KeyboardInterrupt", "SystemExit", "Entry"]
     names += ["steps back", "slices", "slices of several", "reopened with ended rows", "killed with rows", "gaps"]
     names += ["waited for", "runs within runs"]
-    for _ in range(12):  # what a round of few runs comes to is chance
+    for _ in range(12):  # what a round of few runs comes to is chance, so each must be another one, in CI too
         for variant in (VARIANTS[-1], VARIANTS[-2]):
-            drive(variant, runs=40, steps=40, database=None)
+            drive(variant, runs=40, steps=40, database=None, derandomize=False)
         if all(reached[name] >= 3 for name in names):
             break
     assert {name: reached[name] for name in names if reached[name] < 3} == {}
