@@ -214,12 +214,15 @@ class Site:
             was_there = last is not None and last.last_version > 0
             given = replace(options.store, now_ms=now_ms, expires_ms=expires_ms, must_exist=was_there)
             store = self.root.open(job_id, given)
-            if last is not None and store.last_version < last.last_version:
-                store.close()
-                raise Corrupt(
-                    f"job {job_id!r} was dropped, or replaced by an older one, while it rested",
-                    hint="Close the job; opened again it is what is there now.",
-                )
+            try:
+                if last is not None and store.last_version < last.last_version:
+                    raise Corrupt(
+                        f"job {job_id!r} was dropped, or replaced by an older one, while it rested",
+                        hint="Close the job; opened again it is what is there now.",
+                    )
+            except BaseException:
+                store.close(tidy=False)
+                raise
             last = store
             return store
 

@@ -7,6 +7,7 @@ neither ended nor were counted), with SQLite 3.54.1 on Python 3.11, 3.12 and 3.1
 from __future__ import annotations
 
 import gc
+import os
 import random
 import tracemalloc
 from collections import Counter
@@ -216,7 +217,10 @@ def queued_bytes(place: Path, name: str) -> int:
         for _ in range(4):
             job.flush().result()
             gc.collect()
-            with job._mailbox._lock:  # so that the worker takes none of them yet
+            while not job._mailbox._asleep:
+                os.sched_yield()
+            with job._mailbox._lock:  # so that the worker takes none of them yet,
+                job._mailbox._asleep = False  # and isn't woken: what it is in the middle of would be counted too
                 tracemalloc.start()
                 try:
                     before = tracemalloc.get_traced_memory()[0]
@@ -225,6 +229,8 @@ def queued_bytes(place: Path, name: str) -> int:
                     allocated.append(tracemalloc.get_traced_memory()[0] - before)
                 finally:
                     tracemalloc.stop()
+                    job._mailbox._asleep = True
+                    job._mailbox.ring()
     return min(allocated)
 
 

@@ -120,10 +120,10 @@ def test_no_two_events_are_the_same() -> None:
 
 # -- planted defects ---------------------------------------------------------------------------------------------------
 
-_apply, _read, _count, _poison, _intent = (
+_apply, _read, _enter, _poison, _intent = (
     SqliteStore.apply,
     SqliteStore.read,
-    Accounts.count,
+    Accounts._enter,
     turns.Turns.poison,
     sqlite.intent,
 )
@@ -217,18 +217,17 @@ def never_sync() -> Callable[..., Any]:
 def count_no_failures() -> Callable[..., Any]:
     """Leave what has failed out of the books."""
 
-    def count(self: Accounts, committed: int, _failed: int, **how: Any) -> None:
-        _count(self, committed, 0, **how)
+    def enter(self: Accounts, committed: int, _failed: int, told: list[Any], answers: list[Any]) -> None:
+        _enter(self, committed, 0, told, answers)
 
-    return count
+    return enter
 
 
 def answer_nobody() -> Callable[..., Any]:
     """Poison a job, and leave those who wait for it waiting."""
 
-    def poison(self: turns.Turns, cause: BaseException, outcome: str, group: Group) -> list[Any]:
-        _poison(self, cause, outcome, group)
-        return []
+    def poison(self: turns.Turns, cause: BaseException, outcome: str, _answers: list[Any]) -> None:
+        _poison(self, cause, outcome, [])
 
     return poison
 
@@ -255,7 +254,7 @@ PLANTS = {
     "stale read": Plant(SqliteStore, "read", remember, READ, {"answer"}),
     "told wrongly": Plant(SqliteStore, "apply", deny, SYNCED, {"beyond"}, POWER),
     "untold failures": Plant(FailureLog, "record", lambda: lambda *_: None, GONE, {"told", "hole", "books", "lost"}),
-    "books that don't balance": Plant(Accounts, "count", count_no_failures, GONE, {"books"}),
+    "books that don't balance": Plant(Accounts, "_enter", count_no_failures, GONE, {"books"}),
     "nobody answered": Plant(turns.Turns, "poison", answer_nobody, GONE, {"hang"}),
 }
 

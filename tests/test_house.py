@@ -68,6 +68,7 @@ FLOORS = [
     "arguments",
     "actor.errand",
     "actor.worker",
+    "actor.activation",
     "actor.upkeep",
     "actor.turns",
     "actor.slot",

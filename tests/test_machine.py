@@ -809,7 +809,9 @@ class Machine(RuleBasedStateMachine):
         reached["slices of several"] += len(self.model.ended()) > SLICE_ROWS
         reached["slices"] += bool(self.model.ended())
         worker = self.job._statistics.__self__  # type: ignore[attr-defined]  # a bound method
-        assert worker._upkeep.do(worker._upkeep._reap, worker.turns) == []
+        upkeep, answers = worker.activation.upkeep, []
+        upkeep.do(upkeep._reap, worker.turns, answers)
+        assert answers == []
         if self.variant.feed and not self.model.kept_max:
             self.model.reap_untold(SLICE_ROWS)
         else:

@@ -225,7 +225,7 @@ def test_a_raw_key_is_reached_but_not_listed(mapping: CategoryMapping[Any], job:
     assert mapping.pop(raw) == 1
 
 
-@pytest.mark.parametrize("k", [object(), [1], {"a": 1}, 1j, (object(),), datetime(2024, 1, 1)], ids=repr)
+@pytest.mark.parametrize("k", [object(), [1], {"a": 1}, 1j, (object(),), datetime(2024, 1, 1)], ids=[*"abcdef"])
 def test_a_key_that_cannot_be_one_is_a_type_error(mapping: CategoryMapping[Any], k: Any) -> None:
     """As a dict says of what it can't hash."""
     for use in (mapping.get, mapping.pop, mapping.setdefault, mapping.__delitem__, mapping.__contains__):

@@ -11,7 +11,7 @@ Doesn't know: the store, threads, how a group was run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from persistency.actor.bounds import Level
@@ -40,16 +40,15 @@ class Accounts:
         self._waiters = waiters
         self._name_ops = name_ops
 
-    def group(self, group: Group, outcomes: list[Any]) -> list[Answer]:
-        """Count what became of a group, keep the failures of events, return the answers of requests."""
+    def group(self, group: Group, outcomes: list[Any], answers: list[Answer]) -> None:
+        """Count what became of a group, keep the failures of events, add the answers of requests."""
         if Failed not in map(type, outcomes) and (
             None not in group[::PLACES] or set(map(type, group[1::PLACES])) == {SetRow}
         ):
-            self.count(len(outcomes), 0)
-            return []
-        answers, committed, failed = self._tell(group, outcomes, "not applied")
-        self.count(committed, failed)
-        return answers
+            self._enter(len(outcomes), 0, [], answers)
+            return
+        told, committed, failed = self._tell(group, outcomes, "not applied")
+        self._enter(committed, failed, told, answers)
 
     def _tell(self, group: Group, outcomes: list[Any], outcome: str) -> tuple[list[Answer], int, int]:
         """Keep the failures of events; return the answers of requests, and how many operations went well, and not."""
@@ -104,13 +103,24 @@ class Accounts:
 
         self._mailbox.as_one(count, taken=committed + failed if in_place else 0)
 
-    def fail(self, *groups: tuple[Group, PersistencyError, str]) -> list[Answer]:
+    def fail(self, groups: Iterable[tuple[Group, PersistencyError, str]], answers: list[Answer]) -> None:
         """Fail groups whole, each with its error and outcome, as one step for whoever looks at the numbers."""
-        answers: list[Answer] = []
+        everybody: list[Answer] = []
         failed = 0
         for group, error, outcome in groups:
             told, _, ops = self._tell(group, [Failed(error)] * (len(group) // PLACES), outcome)
-            answers += told
+            everybody += told
             failed += ops
-        self.count(0, failed)
-        return answers
+        self._enter(0, failed, everybody, answers)
+
+    def _enter(self, committed: int, failed: int, told: list[Answer], answers: list[Answer]) -> None:
+        """Count what was in hand, and have it answered: both, or neither, whatever is thrown into this thread."""
+
+        def enter(_level: Level) -> None:
+            into = answers
+            self._tally.committed += committed
+            self._tally.failed += failed
+            into += told
+            self._mailbox.in_hand = []
+
+        self._mailbox.as_one(enter)

@@ -52,6 +52,7 @@ class Mailbox(Door):
         self._requests = 0
         self._taken = 0  # write operations, since the beginning
         self._generation = 0  # of the line: how often it was taken
+        self.in_hand: list[Group] = []  # what was taken and isn't accounted for yet
         self._withdrawn = 0  # requests cancelled where they stand, still to be cleared away
         self._open_ops = bounds.ops_max  # up to where a plain put needn't look closer
         self._bytes_max = bounds.bytes_max
@@ -62,6 +63,7 @@ class Mailbox(Door):
         self._attendant: Callable[[], None] | None = None
         self._queue = Queue()
         self._drained: Reply[None] | None = None  # one for all who want to know
+        self._low: list[Reply[None]] = []  # such ones, for whom it was low, and who aren't told yet
 
     def put(self, category: bytes | None, key: Any, payload: bytes | None, nbytes: int) -> None:
         """Post an event of one operation. Raises `Overloaded` where it is full, or what the mailbox was closed with."""
@@ -196,17 +198,17 @@ class Mailbox(Door):
         with self._lock:
             if not self.hold(token, patience):
                 return None
-            self._rung = False
-        return self.take_more()
+        return self.take_more(answers_ring=True)
 
-    def take_more(self) -> Group:
-        """Take the whole line, for who has the turn already."""
+    def take_more(self, *, answers_ring: bool = False) -> Group:
+        """Take the whole line, for who has the turn already; `answers_ring`: and will look after all there is."""
         with self._lock:
+            self._rung = self._rung and not answers_ring
             group = self._take_line()
             self._admit()
-            drained, self._drained = self._drained, None
-        if drained is not None:
-            settle_all([(drained, None, None)])
+            self._note_low()
+        if self._low:
+            self._tell_low()
         return group
 
     def forsake(self, error: PersistencyError) -> list[Reply[Any]]:
@@ -218,7 +220,7 @@ class Mailbox(Door):
         places, self._messages = self._messages, []
         line = zip(places[::PLACES], places[2::PLACES], strict=False)
         replies = [reply for category, reply in line if category is None and reply is not None]
-        return replies if self._drained is None else [*replies, self._drained]
+        return [*replies, *self._low] if self._drained is None else [*replies, *self._low, self._drained]
 
     def as_one(self, act: Callable[[Level], T], *, taken: int = 0) -> T:
         """Return what `act` makes of the level, as one step for who looks; `taken` operations never stood in line."""
@@ -232,21 +234,20 @@ class Mailbox(Door):
         """Refuse every later post; what is in the line stays to be taken. The first refusal stays."""
         with self._lock:
             self._closed = True
-            drained = self._refuse(refusal) if self._refusal is None else None
+            if self._refusal is None:
+                self._refuse(refusal)
             self.ring()
-        if drained is not None:
-            settle_all([(drained, None, refusal())])
+        self._tell_low(refusal())
         if self._attendant is not None:
             self._attendant()
 
     def shut(self, refusal: Refusal) -> Group:
         """Refuse every later post and take the whole line out; return it."""
         with self._lock:
-            drained = self._refuse(refusal)
+            self._refuse(refusal)
             group = self._take_line()
             self.ring()
-        if drained is not None:
-            settle_all([(drained, None, refusal())])
+        self._tell_low(refusal())
         return group
 
     def unattend(self, attendant: Callable[[], None]) -> None:
@@ -288,12 +289,10 @@ class Mailbox(Door):
             if self._withdrawn * 6 > len(self._messages) + 1000:
                 self._clear_away()
             self._admit()
-            drained = None
             if self.bounds.low(self._level()):
-                drained, self._drained = self._drained, None
+                self._note_low()
         cancel(reply)
-        if drained is not None:
-            settle_all([(drained, None, None)])
+        self._tell_low()
         return True
 
     def _post(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
@@ -359,7 +358,9 @@ class Mailbox(Door):
     def _take_line(self) -> Group:
         if self._withdrawn:
             self._clear_away()
+        # No call in between: what is thrown into this thread comes with one, and the line would be in nobody's hand.
         group, self._messages = self._messages, []
+        self.in_hand += [group] if group else []
         self._generation += 1
         self._taken += self._ops
         self._ops = self._bytes = self._requests = 0
@@ -379,10 +380,19 @@ class Mailbox(Door):
         if self._refusal is None and self._attendant is None and self._ending is None and not self._queue:
             self._open_ops = self.bounds.ops_max
 
-    def _refuse(self, refusal: Refusal) -> Reply[None] | None:
+    def _note_low(self) -> None:
+        drained, self._drained = self._drained, None
+        self._low += [] if drained is None else [drained]
+
+    def _tell_low(self, error: PersistencyError | None = None) -> None:
+        if self._low:
+            settle_all([(drained, None, error) for drained in self._low])
+            with self._lock:
+                self._low = [drained for drained in self._low if not drained.done()]
+
+    def _refuse(self, refusal: Refusal) -> None:
         self._refusal = refusal
         self._open_ops = 0
         self.get_in_place = self.read_in_place = self.write_in_place = None
         self._queue.refuse(refusal)
-        drained, self._drained = self._drained, None
-        return drained
+        self._note_low()

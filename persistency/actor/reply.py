@@ -80,8 +80,9 @@ class Unseen:
         self.tell: Callable[[BaseException], None] | None = tell
 
     def __del__(self) -> None:
-        if self.tell is not None:
-            self.tell(self.error)
+        tell = getattr(self, "tell", None)  # it has none if an interrupt came while it was made
+        if tell is not None:
+            tell(self.error)
 
 
 class Reply(Future[T]):

@@ -11,7 +11,8 @@ Doesn't know: what is asked or answered.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from persistency.actor.reply import CANCELLED, FINISHED, PENDING, Line, Reply, Unseen, gate
@@ -80,21 +81,48 @@ def tell_if_unseen(reply: Reply[Any], error: BaseException, tell: Callable[[Base
     reply._unseen = Unseen(error, tell)
 
 
-def _settle(replies: Iterable[Reply[Any]], state: str) -> None:
+def _settle(replies: Collection[Reply[Any]], state: str) -> None:
     """Give replies their last state and wake everybody: first decide under the gate, then act outside of it."""
     loops: dict[Any, list[Any]] = {}
-    called: list[tuple[Reply[Any], Callable[[Any], object]]] = []
-    awaited: list[Reply[Any]] = []
+    called: deque[tuple[Reply[Any], Callable[[Any], object]]] = deque()
+    awaited: deque[Reply[Any]] = deque()
+    try:
+        _decide(replies, state, loops, called, awaited)
+        _act(state, loops, called, awaited)
+    except BaseException:  # thrown into this thread from outside: whoever wasn't told yet is told now
+        _decide(replies, state, loops, called, awaited)
+        _act(state, loops, called, awaited)
+        raise
+
+
+def _decide(
+    replies: Iterable[Reply[Any]],
+    state: str,
+    loops: dict[Any, list[Any]],
+    called: deque[tuple[Reply[Any], Callable[[Any], object]]],
+    awaited: deque[Reply[Any]],
+) -> None:
+    """Settle replies, or note down those that `concurrent.futures` waits for; and whom to wake."""
     everybody = list(replies)
     with gate:
         for reply in everybody:
             everybody += reply._followers or ()
-            if reply._made_condition is None:
-                _enter(reply, state, loops, called)
-            else:
+            if reply._state == PENDING and reply._made_condition is not None:
                 awaited.append(reply)
-    for reply in awaited:
+            else:
+                _enter(reply, state, loops, called)
+
+
+def _act(
+    state: str,
+    loops: dict[Any, list[Any]],
+    called: deque[tuple[Reply[Any], Callable[[Any], object]]],
+    awaited: deque[Reply[Any]],
+) -> None:
+    """Wake who was noted down; each is crossed out only then."""
+    while awaited:
         # `concurrent.futures.wait` counts under the condition, so the state may only change under it too.
+        reply = awaited[0]
         condition = reply._condition
         with condition:
             with gate:
@@ -105,32 +133,38 @@ def _settle(replies: Iterable[Reply[Any]], state: str) -> None:
             for waiter in reply._made_waiters:
                 (waiter.add_cancelled if state == CANCELLED else waiter.add_result)(reply)
             condition.notify_all()
-    for loop, futures in loops.items():
+        awaited.popleft()
+    for loop, futures in loops.items():  # a second time, if it must be, does no harm
         try:
             loop.call_soon_threadsafe(_wake, futures)
         except RuntimeError:  # The loop was closed under its waiters; there is nobody left to tell.
             log.debug("%d replies came after their event loop was closed", len(futures))
-    for reply, fn in called:
+    while called:
+        reply, fn = called[0]
         reply._call(fn)
+        called.popleft()
 
 
 def _enter(
     reply: Reply[Any],
     state: str,
     loops: dict[Any, list[Any]],
-    called: list[tuple[Reply[Any], Callable[[Any], object]]],
+    called: deque[tuple[Reply[Any], Callable[[Any], object]]],
 ) -> None:
     """Move a pending reply to its last state and note down whom to wake. The gate is held."""
-    if reply._state != PENDING:
+    if reply._state != PENDING and reply._line is None:
         return
     reply._state = state
-    reply._line = None
+    # What is thrown into this thread from outside comes with a call: each step may be the last, and is done again.
     for loop, future in reply._loops or ():
         loops.setdefault(loop, []).append(future)
-    called += ((reply, fn) for fn in reply._callbacks or ())
-    reply._callbacks = None
+    if reply._callbacks:
+        called += [(reply, fn) for fn in reply._callbacks]
+        reply._callbacks = None
     for bell in reply._bells or ():
-        bell.release()
+        if bell.locked():
+            bell.release()
+    reply._line = None
 
 
 def _wake(futures: list[Any]) -> None:

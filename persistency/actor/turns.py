@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import Callable
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from persistency.actor.accounts import Accounts, Answer
 from persistency.actor.clock import Clock
@@ -35,6 +35,8 @@ from persistency.errors import Closed, Corrupt, Poisoned, StorageError
 from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, Store, writes
 
 log = logging.getLogger("persistency")
+
+T = TypeVar("T")
 
 RETRY_SECONDS_MIN = 0.05
 RETRY_SECONDS_MAX = 1.0
@@ -119,27 +121,45 @@ class Turns:
         if left is not None and left <= 0:
             raise Closed(f"job {self._job_id!r} was temporary, and its time is over")
 
-    def decide(self, group: Group) -> list[Answer]:
-        """Run a group; return what is to be answered."""
+    def decide(self, group: Group, answers: list[Answer]) -> None:
+        """Run a group; add what is to be answered."""
         self.used_at = monotonic()
         if self.discards:
             closed = Closed(f"job {self._job_id!r} was closed without draining")
-            return self._accounts.fail((group, closed, "not applied"))
+            self._accounts.fail([(group, closed, "not applied")], answers)
+            return
         try:
             outcomes = self._apply(group)
         except Harm as harm:
-            return self.poison(harm.cause, harm.outcome, group)
-        return self._accounts.group(group, outcomes)
+            self.poison(harm.cause, harm.outcome, answers)
+            return
+        self._accounts.group(group, outcomes, answers)
 
     def _apply(self, group: Group) -> list[Any]:
         """Have the store run a group, as often as it takes; raises `Harm` when there is no point in going on."""
-        assert self.store is not None
+        store, begun = self.store, 0.0
+        assert store is not None
+
+        def attempt() -> list[Any]:
+            nonlocal begun
+            begun = perf_counter()
+            return store.apply(group, self._now_ms())
+
+        outcomes = self.insist(attempt)
+        if writes(group):
+            self._tally.commit(perf_counter() - begun)
+        return outcomes
+
+    def insist(self, attempt: Callable[[], T]) -> T:
+        """Have something done in spite of the environment's faults: the job stalls until it is, in order.
+
+        Raises `Harm` when there is no point in going on; `JobLocked` and `Closed` as they come.
+        """
         deadline = 0.0
         pause = RETRY_SECONDS_MIN
         while True:
-            begun = perf_counter()
             try:
-                outcomes = self.store.apply(group, self._now_ms())
+                outcome = attempt()
             except OutcomeUnknown as error:
                 raise Harm(error.__cause__ or error, "unknown") from error
             except Corrupt as error:
@@ -159,19 +179,15 @@ class Turns:
             if deadline:
                 self._tally.state = "live"
                 log.warning("job %r goes on", self._job_id)
-            if writes(group):
-                self._tally.commit(perf_counter() - begun)
-            return outcomes
+            return outcome
 
-    def tell_waiters(self) -> list[Answer]:
+    def tell_waiters(self, answers: list[Answer]) -> None:
         """Answer the requests that wait for changes, if there are some for them."""
-        if not self._waiters or (store := self.store) is None:
-            return []
-        last_version = store.last_version
-        return self._waiters.answer(lambda message: store.read(message, self._now_ms()), last_version)
+        if self._waiters and (store := self.store) is not None:
+            self._waiters.answer(lambda message: store.read(message, self._now_ms()), store.last_version, answers)
 
-    def poison(self, cause: BaseException, outcome: str, group: Group) -> list[Answer]:
-        """Refuse everything from now on; fail the group and all that waits behind it."""
+    def poison(self, cause: BaseException, outcome: str, answers: list[Answer]) -> None:
+        """Refuse everything from now on; fail what is in hand, with this outcome, and all that waits behind it."""
 
         def refusal() -> Poisoned:
             poisoned = Poisoned(f"job {self._job_id!r} can't go on: {cause}")
@@ -180,9 +196,13 @@ class Turns:
 
         log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
         self._tally.state = "poisoned"
-        behind = self._mailbox.shut(refusal)
-        answers = self._waiters.refuse(refusal())
-        return answers + self._accounts.fail((group, refusal(), outcome), (behind, refusal(), "not applied"))
+        begun = len(self._mailbox.in_hand)
+        self._mailbox.shut(refusal)
+        self._waiters.refuse(refusal(), answers)
+        taken = enumerate(self._mailbox.in_hand)
+        self._accounts.fail(
+            [(group, refusal(), outcome if at < begun else "not applied") for at, group in taken], answers
+        )
 
     # -- in place: in the caller's thread, which has the turn ------------------------------------------------------
 
@@ -208,7 +228,10 @@ class Turns:
         except OutcomeUnknown as error:
             reply: Reply[Any] = pending(self._mailbox, reads=False)
             self._mailbox.as_one(lambda _level: None, taken=ops)
-            settle_all(self.poison(error.__cause__ or error, "unknown", [None, message, reply]))
+            self._mailbox.in_hand = [[None, message, reply]]
+            answers: list[Answer] = []
+            self.poison(error.__cause__ or error, "unknown", answers)
+            settle_all(answers)
             return reply
         except StorageError as error:
             self._doubtful |= error.at_commit

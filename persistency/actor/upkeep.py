@@ -95,27 +95,13 @@ class Upkeep:
             return True
         return self._planned_ms is not None and self._planned_ms <= ends_ms and ends_ms > self._clock.look_ms()
 
-    def look_after(self, turns: Turns, *, reaps: bool) -> None:
-        """Do all that is due: in turns of their own, because nobody's answer should wait for it."""
-        while (step := self.next_step(reaps=reaps)) is not None:
-            token = object()
-            try:
-                if not self._mailbox.hold(token):
-                    return
-                answers = self.do(step, turns) + turns.tell_waiters()
-            finally:
-                self._mailbox.give_back(token)
-            settle_all(answers)
-            if turns.poisoned:
-                return
-
-    def do(self, step: Callable[[], None], turns: Turns) -> list[Answer]:
-        """Take one step, for who has the turn; return what is to be answered."""
+    def do(self, step: Callable[[], None], turns: Turns, answers: list[Answer]) -> None:
+        """Take one step, for who has the turn; add what is to be answered."""
         try:
             step()
         except Harm as harm:
-            return turns.poison(harm.cause, harm.outcome, [])
-        return []
+            turns.poison(harm.cause, harm.outcome, answers)
+        turns.tell_waiters(answers)
 
     def next_step(self, *, reaps: bool) -> Callable[[], None] | None:
         """Return what should be done now, in a turn of its own."""
@@ -134,6 +120,12 @@ class Upkeep:
     def checkpoint_due(self) -> bool:
         """Say whether the log should be carried over, if nobody waits."""
         return self._log is not None and self._log.checkpoint_due(idle=True) and monotonic() >= self._carry_at
+
+    def carry_over(self, turns: Turns) -> None:
+        """Take the step that carries the log over, for who has the turn, and settle what is answered for it."""
+        answers: list[Answer] = []
+        self.do(self.checkpoint, turns, answers)
+        settle_all(answers)
 
     def settle(self) -> None:
         """Leave the store as a clean close would."""

@@ -52,11 +52,10 @@ class Waiters:
             self.withdraw(reply)
         return None
 
-    def answer(self, read: Callable[[ListChanges], Any], last_version: int) -> list[Answer]:
-        """Return the answers of those that have one by now; who asks for what is behind `last_version` has none."""
+    def answer(self, read: Callable[[ListChanges], Any], last_version: int, answers: list[Answer]) -> None:
+        """Add the answers of those that have one by now; who asks for what is behind `last_version` has none."""
         with self._lock:
             waiting = [(reply, message) for reply, message in self._parked.items() if message.after < last_version]
-        answers: list[Answer] = []
         for reply, message in waiting:
             try:
                 outcome = read(message)
@@ -65,18 +64,18 @@ class Waiters:
             if not outcome:
                 continue
             with self._lock:
-                here = self._parked.pop(reply, None) is not None  # else it was given up meanwhile
-            if here:
-                failed = type(outcome) is Failed
-                answers.append((reply, None, outcome.error) if failed else (reply, outcome, None))
-        return answers
+                if reply in self._parked:  # else it was given up meanwhile
+                    failed = type(outcome) is Failed
+                    # In this order: who is taken out must be answered, whatever is thrown in here.
+                    answers.append((reply, None, outcome.error) if failed else (reply, outcome, None))
+                    self._parked.pop(reply, None)
 
-    def refuse(self, error: BaseException) -> list[Answer]:
-        """Return what tells everybody that there will be no answer, to those that come later too."""
+    def refuse(self, error: BaseException, answers: list[Answer]) -> None:
+        """Add what tells everybody that there will be no answer, to those that come later too."""
         with self._lock:
             self._refusal = error
-            parked, self._parked = self._parked, {}
-        return [(reply, None, error) for reply in parked]
+            answers += [(reply, None, error) for reply in self._parked]
+            self._parked = {}
 
     def forsake(self, error: BaseException) -> list[Reply[Any]]:
         """In a forked child: have nobody answered any more; return the replies that were parked."""

@@ -284,8 +284,14 @@ class Claim:
     def __init__(self, database: Path) -> None:
         self.path = database.with_suffix(".lock")
         self.record = Record()
-        self._handle = self._take()
+        self._handle = -1
         _claims.add(self)
+        try:
+            while not self._take():
+                pass
+        except BaseException:  # thrown in here from outside, too: a lock that nobody knows of is never given back
+            self.release()
+            raise
 
     def note(self, version: int, used_ms: int, expires_ms: int | None) -> None:
         """Write down what was on the medium, and when. A full disk is no reason to fail: it is a note."""
@@ -295,35 +301,36 @@ class Claim:
             if before.expires_ms != expires_ms:  # nobody else says that it is to be swept
                 os.fsync(self._handle)
 
-    def _take(self) -> int:
-        while True:
-            check_regular(self.path)
-            try:
-                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                raise Unavailable(f"can't open the lock file {str(self.path)!r}: {error}") from error
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever dropped the job has unlinked the file we opened: the name now means another one.
-                if self._still_named(handle):
-                    os.fchmod(handle, 0o600)
-                    self.record = _parse(os.pread(handle, _RECORD_BYTES_MAX, 0))
-                    with contextlib.suppress(OSError):  # a full disk
-                        os.pwrite(handle, _written(self.record._replace(pid=os.getpid())), 0)
-                    return handle
-            except OSError as error:
-                owner = read_record(self.path).pid
-                os.close(handle)
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise Unavailable(f"can't lock {str(self.path)!r}: {error}") from error
-                name = f"process {owner}" if owner else "another process"
-                job_id = job_id_of(self.path.with_suffix(".db").name)
-                raise JobLocked(f"job {job_id!r} is owned by {name} (its lock: {str(self.path)!r})", owner) from None
-            os.close(handle)
-
-    def _still_named(self, handle: int) -> bool:
+    def _take(self) -> bool:
+        """Lock the file; return whether it is still the one of that name when that is done."""
+        check_regular(self.path)
         try:
-            return os.path.samestat(os.fstat(handle), os.stat(self.path, follow_symlinks=False))
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Unavailable(f"can't open the lock file {str(self.path)!r}: {error}") from error
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_named():
+                os.fchmod(self._handle, 0o600)
+                self.record = _parse(os.pread(self._handle, _RECORD_BYTES_MAX, 0))
+                with contextlib.suppress(OSError):  # a full disk
+                    os.pwrite(self._handle, _written(self.record._replace(pid=os.getpid())), 0)
+                return True
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise Unavailable(f"can't lock {str(self.path)!r}: {error}") from error
+            owner = read_record(self.path).pid
+            name = f"process {owner}" if owner else "another process"
+            job_id = job_id_of(self.path.with_suffix(".db").name)
+            raise JobLocked(f"job {job_id!r} is owned by {name} (its lock: {str(self.path)!r})", owner) from None
+        # Whoever dropped the job has unlinked the file we opened: the name now means another one.
+        handle, self._handle = self._handle, -1
+        os.close(handle)
+        return False
+
+    def _is_named(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._handle), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
             return False
 
@@ -340,11 +347,11 @@ class Claim:
 
     def release(self, *, unlock: bool = True) -> None:
         """Give the job up; a second call is nothing. Without `unlock` it stays the parent process'."""
+        _claims.discard(self)
         if self._handle >= 0:
-            handle, self._handle = self._handle, -1
-            _claims.discard(self)
             if unlock:  # another process, just forked, may have the same handle for a moment
-                fcntl.flock(handle, fcntl.LOCK_UN)
+                fcntl.flock(self._handle, fcntl.LOCK_UN)
+            handle, self._handle = self._handle, -1
             os.close(handle)
 
 

@@ -102,10 +102,14 @@ class SqliteStore(Folding):
         self._noted: dict[str, int] = {}  # what the file says, of that which is kept beside the rows
         self._clean = stored.get("clean") == 1
         self._watch = Watch(path)
-        connection.set_wal_hook(self._on_commit)
-        if left_log:
-            self._take_over(max(options.now_ms, latest_ms))
-        self._take_note()
+        try:
+            connection.set_wal_hook(self._on_commit)
+            if left_log:
+                self._take_over(max(options.now_ms, latest_ms))
+            self._take_note()
+        except BaseException:
+            self._watch.close()
+            raise
 
     # -- the port ------------------------------------------------------------------------------------------------
 

@@ -285,13 +285,27 @@ def test_an_interrupted_wait_for_room_leaves_nothing_behind() -> None:
         actor.hold()
         actor.put(b"1")
 
+        came = threading.Event()
+
+        def on_interrupt(*_: object) -> None:
+            if not came.is_set():
+                came.set()
+                raise KeyboardInterrupt
+
         def interrupt() -> None:
             wait_until_waiting(actor.mailbox, 1)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            # Again until it is seen: one that comes just before CPython blocks in a lock is only seen after it.
+            while not came.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                came.wait(0.05)
 
-        in_thread(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            actor.put(b"2")
+        before = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            in_thread(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                actor.put(b"2")
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not actor.mailbox._queue
         actor.let_go()
         actor.put(b"3")
