@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from persistency.actor.errand import Steps
+from persistency.actor.errand import Steps, undivided_each
 from persistency.actor.reply import Reply
 from persistency.codec.keys import Key
 from persistency.errors import Misuse, StorageError
@@ -24,7 +24,7 @@ _KEYS_PAGE = 1_000
 
 def begun(reply: Reply[Steps[Any]]) -> Steps[Any]:
     """Take the steps that a job has answered with, once it has."""
-    return (yield from reply.result())
+    return (yield from undivided_each(reply.result()))
 
 
 def checked(

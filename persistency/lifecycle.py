@@ -38,7 +38,9 @@ from persistency.errors import Forked, Misuse
 _TELL_SECONDS_MAX = 5.0
 _LOOK_SECONDS = 0.1
 _INTERRUPTS_MAX = 2  # the second one gives up
-_FORK_SECONDS = 1.0  # so long a fork waits for those who are in the middle of something
+# So long a fork waits for those who are in the middle of something. In a child of one that doesn't, SQLite may hang:
+# what it has locked for a moment, for all of its connections, stays locked there.
+_FORK_SECONDS = 5.0
 
 
 class _Charge(NamedTuple):
@@ -225,17 +227,32 @@ class _Fork:
         self._errands = errand.Pause()
         self._tokens: list[tuple[Worker, object]] = []
         self._quiet: set[int] = set()
+        self._complete = False  # nobody else is in the middle of anything
 
     def hold(self) -> None:
         """Wait until nobody is in the middle of anything, for a moment. What is held is noted before it is taken."""
-        deadline = monotonic() + _FORK_SECONDS
         self._errands.hold(_FORK_SECONDS)
-        for worker in list(_workers):
-            token = object()
-            self._tokens.append((worker, token))
-            if worker.mailbox.hold(token, deadline - monotonic()):
-                self._quiet.add(id(worker))
-        self._locked = _lock.acquire()  # lastly: a worker that ends needs it in its turn
+        self._complete = self._errands.complete
+        deadline = monotonic() + _FORK_SECONDS
+        while True:
+            for worker in self._others():
+                token = object()
+                self._tokens.append((worker, token))
+                if worker.mailbox.hold(token, deadline - monotonic()):
+                    self._quiet.add(id(worker))
+                elif not worker.mailbox.waits_for_itself():
+                    self._complete = False
+            # Only now, for a worker that ends needs it in its turn; with it nobody begins any more.
+            self._locked = True
+            _lock.acquire()
+            if not self._others() or monotonic() >= deadline:
+                self._complete = self._complete and not self._others()
+                return
+            self._locked = False
+            _lock.release()
+
+    def _others(self) -> set[Worker]:
+        return set(_workers).difference(worker for worker, _ in self._tokens)
 
     def end(self) -> None:
         """Let everybody go on, in the parent."""
@@ -244,7 +261,8 @@ class _Fork:
             worker.mailbox.ring()
         self._errands.end()
         if self._locked:
-            _lock.release()
+            with contextlib.suppress(RuntimeError):  # an interrupt came before it was had
+                _lock.release()
 
     def end_in_child(self) -> None:
         """Give all of it up, in the child."""
@@ -253,7 +271,7 @@ class _Fork:
         )
         replies = self._errands.forsake(forked)
         for worker in list(_workers):
-            replies += worker.forsake(forked, quiet=id(worker) in self._quiet)
+            replies += worker.forsake(forked, quiet=self._complete and id(worker) in self._quiet)
         abandon(replies, forked)
 
 

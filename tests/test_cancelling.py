@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from persistency.actor import mailbox, settling, worker
+from persistency.actor import mailbox, settling
 from persistency.actor.accounts import Accounts
 from persistency.actor.failures import FailureLog
 from persistency.actor.worker import Worker
@@ -34,12 +34,12 @@ PLANTED_LIMIT = 0.5  # seconds: what is waited for in vain isn't waited for long
 
 def unsettled() -> Any:
     """Forget the answer of a read now and then."""
-    settle_all, number = worker.settle_all, itertools.count()
+    settle_all, number = settling.settle_all, itertools.count()
 
     def forget(answers: Any) -> None:
         settle_all([answer for answer in answers if not answer[0]._reads or next(number) % 20])
 
-    return mock.patch.object(worker, "settle_all", forget)
+    return mock.patch.object(settling, "settle_all", forget)
 
 
 def withdrawn_writes() -> Any:

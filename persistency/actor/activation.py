@@ -39,9 +39,8 @@ class Activation:
         turns: Turns,
         tally: Tally,
         waiters: Waiters,
-        *,
-        open_store: Callable[[], Store],
         clock: Clock,
+        open_store: Callable[[], Store],
         sync_interval: float | None,
         slot: Slot | None,
     ) -> None:

@@ -5,7 +5,8 @@ reads the file through a connection of its own.
 
 Rules:
   1. The work is a generator: what it yields is how far it has come, what it returns is the answer.
-  2. A step is the unit that a fork waits for; between two of them nothing of an engine is held.
+  2. What touches files beside a job's turn is `undivided`: a fork waits for its end, and none begins meanwhile. Asking
+     a job isn't: it may be the job that forks.
   3. What goes wrong, in the work or in the callback that is told of its progress, ends the errand and is its answer.
 
 Doesn't know: what the work is.
@@ -33,7 +34,8 @@ Steps: TypeAlias = Generator[tuple[int, int | None], None, T]
 Progress: TypeAlias = Callable[[int, int | None], object]
 
 _going: set[_Errand] = set()
-_steps: set[_Step] = set()  # under way, of errands and of others
+_undivided: set[_Step] = set()  # under way
+_gate = threading.RLock()  # who forks has it; what is undivided begins behind it
 
 
 def errand(name: str, steps: Steps[T], progress: Progress | None = None) -> Reply[T]:
@@ -58,26 +60,37 @@ def going() -> list[Reply[Any]]:
 
 
 class Pause:
-    """All errands held between two steps, for the time of a fork."""
+    """All that is undivided held back, for the time of a fork."""
 
     def __init__(self) -> None:
+        self.complete = False
         self._held: list[_Step] = []
+        self._gated = False
 
     def hold(self, seconds: float) -> None:
-        """Keep the next steps from beginning, waiting so long at the most for the end of these."""
+        """Keep any from beginning, wait so long for the end of those there are; then it is `complete`."""
         deadline = monotonic() + seconds
         me = get_ident()
-        for step in [*(one.step for one in list(_going)), *list(_steps)]:
-            if step.thread != me:
-                step.hold(deadline - monotonic(), self._held)
+        self._gated = True  # first: an interrupt may come as soon as it is so
+        self._gated = _gate.acquire(timeout=seconds)
+        others = [step for step in list(_undivided) if step.thread != me]
+        for step in others:
+            step.hold(deadline - monotonic(), self._held)
+        self.complete = self._gated and len(self._held) == len(others)
 
     def end(self) -> None:
-        """Let the errands go on."""
+        """Let them begin."""
         for step in self._held:
             step.let_go()
+        if self._gated:
+            with contextlib.suppress(RuntimeError):  # an interrupt came before it was had
+                _gate.release()
 
     def forsake(self, error: BaseException) -> list[Reply[Any]]:
         """In the child, where their threads aren't: return the replies nobody will answer."""
+        global _gate  # noqa: PLW0603  # another thread of the parent may have it
+        _gate = threading.RLock()
+        _undivided.clear()
         left = list(_going)
         _going.clear()
         for one in left:
@@ -86,14 +99,15 @@ class Pause:
 
 
 class _Step:
-    """Something in the middle of which no process should be forked."""
+    """Something undivided."""
 
     def __init__(self) -> None:
         self.thread: int | None = None
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        with _gate:
+            self._lock.acquire()
         self.thread = get_ident()
 
     def __exit__(self, *_: object) -> None:
@@ -112,14 +126,30 @@ class _Step:
 
 @contextlib.contextmanager
 def undivided() -> Iterator[None]:
-    """Do something that isn't an errand's, but that a fork waits for, too."""
+    """Do something in the middle of which no process should be forked."""
     step = _Step()
-    _steps.add(step)
+    _undivided.add(step)
     try:
         with step:
             yield
     finally:
-        _steps.discard(step)
+        _undivided.discard(step)
+
+
+def undivided_each(steps: Steps[T]) -> Steps[T]:
+    """Take steps each of which is undivided."""
+    try:
+        while True:
+            with undivided():
+                try:
+                    so_far = next(steps)
+                except StopIteration as stop:
+                    answer: T = stop.value
+                    return answer
+            yield so_far
+    finally:
+        with undivided():
+            steps.close()
 
 
 class _Errand:
@@ -132,7 +162,6 @@ class _Errand:
         self._name = name
         self._steps = steps
         self._progress = progress
-        self.step = _Step()
 
     def run(self) -> None:
         """Take every step, and settle the reply."""
@@ -151,11 +180,10 @@ class _Errand:
 
     def _walk(self) -> Any:
         while True:
-            with self.step:
-                try:
-                    done, total = next(self._steps)
-                except StopIteration as stop:
-                    return stop.value
+            try:
+                done, total = next(self._steps)
+            except StopIteration as stop:
+                return stop.value
             if self._progress is not None:
                 self._progress(done, total)
 

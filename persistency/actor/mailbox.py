@@ -95,7 +95,8 @@ class Mailbox(Door):
             try:
                 with self._lock:
                     get = self.get_in_place
-                    if self._holder is None and get is not None and not self._messages and not self._rung:
+                    free = self._holder is None and not self._rung and not self._late
+                    if free and get is not None and not self._messages:
                         self._holder_thread = get_ident()
                         self._holder = reply
                 if self._holder is reply and get is not None:  # then as `ready` does, without a call
@@ -146,7 +147,7 @@ class Mailbox(Door):
         return None
 
     def hold(self, token: object, patience: float = 0.0) -> bool:
-        """Take the turn alone, if nobody else keeps it for `patience` seconds."""
+        """Take the turn alone, if nobody keeps it for `patience` seconds; who has some comes before who has none."""
         with self._lock:
             if self._holder is not None and patience > 0 and self._holder_thread != get_ident():
                 self._late += 1
@@ -154,6 +155,9 @@ class Mailbox(Door):
                     self._turn_free.wait_for(lambda: self._holder is None, patience)
                 finally:
                     self._late -= 1
+                    self.ring()  # who was kept from it meanwhile looks again
+            elif self._late and patience <= 0:
+                return False
             if self._holder is not None:
                 return False
             self._holder_thread = get_ident()
@@ -177,7 +181,7 @@ class Mailbox(Door):
             self._attendant()
 
     def _stirs(self) -> bool:
-        return (self._rung or bool(self._messages) or self._closed) and self._holder is None
+        return (self._rung or bool(self._messages) or self._closed) and self._holder is None and not self._late
 
     def _ends(self) -> bool:
         return self.ended
@@ -193,15 +197,8 @@ class Mailbox(Door):
             if self._refusal is None:
                 self.get_in_place, self.read_in_place, self.write_in_place = get, read, write
 
-    def take(self, token: object, *, patience: float = 0.0) -> Group | None:
-        """Take the turn and the whole line, empty or not; `None` if another keeps the turn for `patience` seconds."""
-        with self._lock:
-            if not self.hold(token, patience):
-                return None
-        return self.take_more(answers_ring=True)
-
-    def take_more(self, *, answers_ring: bool = False) -> Group:
-        """Take the whole line, for who has the turn already; `answers_ring`: and will look after all there is."""
+    def take(self, *, answers_ring: bool = False) -> Group:
+        """Take the whole line, for who has the turn; `answers_ring`: and will look after all there is."""
         with self._lock:
             self._rung = self._rung and not answers_ring
             group = self._take_line()
@@ -212,14 +209,14 @@ class Mailbox(Door):
         return group
 
     def forsake(self, error: PersistencyError) -> list[Reply[Any]]:
-        """In a forked child: refuse everything; return the replies that stood in line. Nobody else is here."""
+        """In a forked child: refuse everything; return the replies that wait here. Nobody else is here."""
         self._lock._at_fork_reinit()  # type: ignore[attr-defined]  # a thread that isn't here may have had it
         self.abandoned, self._refusal = error, lambda: error
         self._open_ops = 0
         self.get_in_place = self.read_in_place = self.write_in_place = None
-        places, self._messages = self._messages, []
-        line = zip(places[::PLACES], places[2::PLACES], strict=False)
-        replies = [reply for category, reply in line if category is None and reply is not None]
+        lines, self._messages, self.in_hand = [*self.in_hand, self._messages], [], []
+        places = [place for line in lines for place in zip(line[::PLACES], line[2::PLACES], strict=False)]
+        replies = [reply for category, reply in places if category is None and reply is not None]
         return [*replies, *self._low] if self._drained is None else [*replies, *self._low, self._drained]
 
     def as_one(self, act: Callable[[Level], T], *, taken: int = 0) -> T:

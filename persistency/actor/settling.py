@@ -61,6 +61,25 @@ def settle_all(answers: Iterable[tuple[Reply[Any], Any, BaseException | None]]) 
     _settle(settled, FINISHED)
 
 
+class Debts:
+    """Answers that are being given: in a forked child nobody else knows of the replies they are for."""
+
+    def __init__(self) -> None:
+        self._answers: list[list[tuple[Reply[Any], Any, BaseException | None]]] = []
+
+    def pay(self, answers: list[tuple[Reply[Any], Any, BaseException | None]]) -> None:
+        """Settle a group of replies, and forget it."""
+        if answers:
+            self._answers.append(answers)
+            settle_all(answers)
+            answers.clear()
+            self._answers.remove(answers)  # or another one that was paid
+
+    def replies(self) -> list[Reply[Any]]:
+        """Return those that may not be settled yet."""
+        return [answer[0] for answers in self._answers for answer in answers]
+
+
 def cancel(reply: Reply[Any]) -> None:
     """Settle a reply as cancelled."""
     _settle((reply,), CANCELLED)

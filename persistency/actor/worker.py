@@ -26,7 +26,7 @@ from persistency.actor.clock import Clock
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import pending, ready, settle_all
+from persistency.actor.settling import Debts, pending, ready, settle_all
 from persistency.actor.slot import Slot
 from persistency.actor.tally import Statistics, Tally
 from persistency.actor.turns import Harm, Turns
@@ -74,15 +74,7 @@ class Worker:
         self.turns = Turns(job_id, mailbox, self._accounts, self.waiters, self._tally, clock, stall_timeout)
         self.turns.written = self._after_write_in_place
         self.activation = Activation(
-            job_id,
-            mailbox,
-            self.turns,
-            self._tally,
-            self.waiters,
-            open_store=open_store,
-            clock=clock,
-            sync_interval=sync_interval,
-            slot=slot,
+            job_id, mailbox, self.turns, self._tally, self.waiters, clock, open_store, sync_interval, slot
         )
         self._slot = slot
         self.ended: Callable[[], object] = lambda: None  # called when the store is closed for good
@@ -91,6 +83,7 @@ class Worker:
         self._over = False  # the thread has nothing left to do
         self._ended = False  # the store is closed, for good
         self._starting = threading.Lock()
+        self._debts = Debts()
 
     @property
     def store(self) -> Store | None:
@@ -209,6 +202,7 @@ class Worker:
         `quiet` says that nobody was in the middle of a turn.
         """
         replies = [*self.mailbox.forsake(error), *self.waiters.forsake(error), self.opened, self.closed]
+        replies += self._debts.replies()
         store, self.turns.store, self.activation.upkeep = self.store, None, None
         self._over = self._ended = True
         if store is not None:
@@ -259,7 +253,8 @@ class Worker:
         token = object()
         self._over = self._resting = False
         answers: list[Answer] = []
-        self.mailbox.take(token)
+        if self.mailbox.hold(token):
+            self.mailbox.take()
         self._not_opened(error, answers)
         self.mailbox.give_back(token)
         settle_all(answers)
@@ -304,16 +299,16 @@ class Worker:
         finally:
             try:
                 self.mailbox.give_back(token)
-                settle_all(answers)
+                self._debts.pay(answers)
             except BaseException:  # thrown into this thread; nobody else would do it
                 self.mailbox.give_back(token)
                 self.mailbox.ring()
-                settle_all(answers)
+                self._debts.pay(answers)
                 raise
         return True
 
     def _turn(self, taken: list[Group], answers: list[Answer]) -> None:
-        group = self.mailbox.take_more(answers_ring=True)
+        group = self.mailbox.take(answers_ring=True)
         if group:
             taken.append(group)
         wanted = self.store is None and (group or not self.opened.done()) and not self.turns.poisoned
@@ -390,7 +385,7 @@ class Worker:
         assert self._retired is not None
         # First the posters are told, then what came until then is run: beside one that never pauses it ends too.
         self.mailbox.unattend(self._serve_late)
-        if rest := self.mailbox.take_more():
+        if rest := self.mailbox.take():
             self.turns.decide(rest, answers)
         if self.activation.upkeep is not None and not self.turns.poisoned:
             self.activation.upkeep.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import sys
@@ -46,8 +47,8 @@ def test_messages_are_taken_in_the_order_they_were_posted() -> None:
     mailbox.put(b"c", b"1", b"", 1)
     mailbox.ask(LastVersion(), reads=True)
     mailbox.put(b"c", b"2", b"", 1)
-    group = mailbox.take(object())
-    assert group is not None
+    assert mailbox.hold(object())
+    group = mailbox.take()
     assert [group[0], group[1], group[3], group[4], group[6], group[7]] == [b"c", b"1", None, LastVersion(), b"c", b"2"]
 
 
@@ -65,13 +66,33 @@ def test_the_turn_is_one_callers_at_a_time() -> None:
     mailbox = Mailbox(Bounds())
     mailbox.put(b"c", b"1", b"", 1)
     token = object()
-    assert mailbox.take(token)
+    assert mailbox.hold(token)
+    assert mailbox.take()
     mailbox.put(b"c", b"2", b"", 1)
-    assert mailbox.take(object()) is None
+    assert not mailbox.hold(object())
     mailbox.give_back(object())  # somebody else's token gives nothing back
-    assert mailbox.take(object()) is None
+    assert not mailbox.hold(object())
     mailbox.give_back(token)
-    assert mailbox.take(object()) == [b"c", b"2", b""]
+    assert mailbox.hold(object())
+    assert mailbox.take() == [b"c", b"2", b""]
+
+
+def test_who_waits_for_the_turn_comes_before_who_would_not() -> None:
+    """Else a fork could wait in vain beside a worker that is never idle, and gives the turn back only to take it."""
+    mailbox = Mailbox(Bounds())
+    token, waiting = object(), object()
+    assert mailbox.hold(token)
+    thread, outcome = in_thread(lambda: mailbox.hold(waiting, WAIT))
+    while not mailbox._late:
+        os.sched_yield()
+    with mailbox._lock:
+        mailbox.give_back(token)
+        assert not mailbox.hold(token)
+    thread.join(WAIT)
+    assert outcome == [True]
+    assert mailbox._rung  # who was kept from it looks again
+    mailbox.give_back(waiting)
+    assert mailbox.hold(token)
 
 
 def test_a_full_mailbox_makes_a_thread_wait_and_lets_it_in_when_there_is_room() -> None:

@@ -25,7 +25,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tests.crash.held import KEPT
-from tests.crash.running import replace_method
+from tests.crash.running import PROJECT, replace_method
 
 if TYPE_CHECKING:
     from persistency import Job, Reply
@@ -47,6 +47,21 @@ _limit = [CHILD_SECONDS]
 def limit_children(seconds: float) -> None:
     """Say how long children may be there."""
     _limit[0] = seconds
+
+
+def play(
+    module: str, *arguments: object, python: str = sys.executable, timeout: float = 60.0
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run a program of this folder to its end; return that, and the complaints it has printed."""
+    command = [python, *FLAGS, "-m", f"tests.crash.{module}", *map(str, arguments)]
+    try:
+        done = subprocess.run(
+            command, cwd=PROJECT, timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        return subprocess.CompletedProcess(command, -9, "", str(error.stderr)), [f"hang: still there after {timeout} s"]
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done, [wrong for one in told for wrong in one["wrong"]]
 
 
 # -- a child ----------------------------------------------------------------------------------------------------------
@@ -99,7 +114,7 @@ def forked(act: Act, *, end: str = "_exit", name: str = "the child") -> list[str
 
 def be_child(act: Act, write: int, end: str) -> NoReturn:
     """Act, telling every complaint, and come to an end."""
-    faulthandler.dump_traceback_later(_limit[0] * 0.8, file=write)
+    faulthandler.register(signal.SIGUSR2, file=write)  # a timer of faulthandler's wouldn't survive another fork
     try:
         for complaint in act():
             os.write(write, json.dumps(complaint).encode() + b"\n")
@@ -110,14 +125,12 @@ def be_child(act: Act, write: int, end: str) -> NoReturn:
 
 def watch(pid: int, read: int, code: int, name: str) -> list[str]:
     """Wait for a child's end; return its complaints."""
-    text, ended = b"", False
-    deadline = monotonic() + _limit[0]
     with open(read, "rb", buffering=0) as pipe:
-        while not ended and select.select([pipe], [], [], max(0.0, deadline - monotonic()))[0]:
-            data = pipe.read(65536)
-            text, ended = text + data, not data
-    if not ended:
-        os.kill(pid, signal.SIGKILL)
+        text, ended = _read(pipe, _limit[0])
+        if not ended:
+            os.kill(pid, signal.SIGUSR2)  # it tells where it is
+            text += _read(pipe, 1.0)[0]
+            os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     lines = text.decode(errors="replace").splitlines()
     wrong = [json.loads(line) for line in lines if line.startswith('"')]
@@ -127,6 +140,17 @@ def watch(pid: int, read: int, code: int, name: str) -> list[str]:
     elif status != code:
         wrong.append(f"end: {name} ended with {status}, not {code}")
     return wrong
+
+
+def _read(pipe: Any, seconds: float) -> tuple[bytes, bool]:
+    """Read for so long; return the bytes, and whether they have come to an end."""
+    text, deadline = b"", monotonic() + seconds
+    while select.select([pipe], [], [], max(0.0, deadline - monotonic()))[0]:
+        data = pipe.read(65536)
+        if not data:
+            return text, True
+        text += data
+    return text, False
 
 
 # -- what there is to see ---------------------------------------------------------------------------------------------
@@ -199,7 +223,7 @@ def no_upkeep() -> None:
     """Have no worker look after its file by itself, so that nobody touches it but who is watched."""
     from persistency.actor.upkeep import Upkeep
 
-    replace_method(Upkeep, "look_after", lambda *_args, **_how: None)
+    replace_method(Upkeep, "next_step", lambda *_args, **_how: None)
     replace_method(Upkeep, "pause", lambda _upkeep: None)
 
 
@@ -297,7 +321,13 @@ def _lock_kept() -> None:
     """Have the child keep the descriptors of the parent's locks."""
     from persistency.storage import files
 
-    files._claims = set()  # type: ignore[assignment]
+    class Forgetful(set[Any]):
+        """A set that keeps nothing."""
+
+        def add(self, _one: Any) -> None:
+            """Forget it at once."""
+
+    files._claims = Forgetful()  # type: ignore[assignment]
 
 
 def _replies_left() -> None:

@@ -266,7 +266,9 @@ class Storm:
             if job.get("rows", (7,)).result(WAIT) != b"7":
                 yield "lost: the child doesn't read what it has written"
         if place == "grandchild":
-            yield from forked(lambda: self._be_grandchild(mine, mine[own]), name="a grandchild")
+            job = mine[own]
+            limit_children(CHILD_SECONDS / 2)  # it must be seen by somebody who is still there
+            yield from forked(lambda: self._be_grandchild(mine, job), name="a grandchild")
         if end == "_exit":
             mine.close()
             other.close()

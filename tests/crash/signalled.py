@@ -1,7 +1,7 @@
-"""Processes that get signals: `python -m tests.crash.signalled CASE ROOT [SIGNAL]`.
+"""Processes that get signals: `python -m tests.crash.signalled CASE ROOT NUMBER [PLANT]`.
 
-Rows 0, 1, 2, ... go to the job `alpha`. Where nothing else is said its worker is held until the exit hook, so that all
-of them are pending when the signal comes. What a case has to tell is printed.
+NUMBER is the signal's, or a seed. Rows 0, 1, 2, ... go to the job `alpha`. Where nothing else is said its worker is
+held until the exit hook, so that all of them are pending when the signal comes. What a case has to tell is printed.
 """
 
 from __future__ import annotations
@@ -12,20 +12,26 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.crash.forked import WAIT, hold_until_retired
+from tests.crash.forked import FLAGS, PLANTS, WAIT, hold_until_retired, numbers
 from tests.crash.held import KEPT, PENDING, Hold, open_all, post, say
+from tests.crash.running import PROJECT
 
 CASES: dict[str, Callable[..., None]] = {}
+INTERRUPTS = 300
 
 
 def case(run: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a case; it gets the root and the signal's number."""
+    """Make a function a case; it gets the root, and the signal's number or a seed."""
     CASES[run.__name__] = run
     return run
 
@@ -125,13 +131,13 @@ def waiting_for_room(root: str, number: int) -> None:
         poster.bell = Bell()
 
     Poster.__init__ = make_and_replace  # type: ignore[method-assign]
-    number = 0
+    posted = 0
     try:
         while True:
-            job.put("rows", (number,), b"%d" % number)
-            number += 1
+            job.put("rows", (posted,), b"%d" % posted)
+            posted += 1
     finally:
-        say("posted", number)
+        say("posted", posted)
 
 
 @case
@@ -226,8 +232,8 @@ def between_end_and_hook(root: str, number: int) -> None:
     def outlive() -> None:
         begun.set()
         main.join()
-        to_main(number)
         post(job, PENDING // 2, PENDING)
+        to_main(number)  # it no longer waits for this thread then
 
     threading.Thread(target=outlive).start()
     begun.wait()
@@ -316,7 +322,7 @@ def terminated_child(root: str, _number: int) -> None:
 
 
 @case
-def interrupts(root: str, seed: int, times: str = "300") -> None:
+def interrupts(root: str, seed: int) -> None:
     """Get SIGINT at any moment of posting, reading and waiting: each call is made or not, and the job goes on."""
     from persistency import Persistency, Put, Transaction
 
@@ -324,7 +330,7 @@ def interrupts(root: str, seed: int, times: str = "300") -> None:
     persistency = Persistency(root)
     job = persistency.open_job("alpha")
     made: dict[int, bool] = {}  # whether the call came back
-    inside, left = False, int(times)
+    inside, left = False, INTERRUPTS
     again, main = threading.Semaphore(0), threading.get_ident()
     beside = persistency.open_job("beside")
     posted = 0
@@ -445,10 +451,96 @@ def hook_storm(root: str, seed: int) -> None:
         number += 1
 
 
+# -- what must have come of it ----------------------------------------------------------------------------------------
+
+# Those that end as `sys.exit(128 + number)` does, with every row written.
+ORDERLY = ("idle", "flushing", "in_finally", "in_loop", "in_idle_loop", "twice", "between_end_and_hook")
+# What stderr must say of them.
+SAID = {
+    "twice": f"writing {PENDING} operations",
+    "three_times": f"job 'alpha': {PENDING} operations could not be written",
+}
+
+
+def judge(name: str, number: int, root: Path, done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return what is wrong with what a case has left behind, and said."""
+    if name == "interrupts":
+        return list(json.loads(done.stdout)["wrong"]) if done.returncode == 0 else [f"end: {done.stderr}"]
+    if name == "terminated_child":
+        told = dict(zip(done.stdout.split()[::2], done.stdout.split()[1::2], strict=True))
+        wrong = [f"end: by {method} {code}" for method, code in told.items() if code != "143"]
+        return wrong + [f"lost: rows of {at}" for at in told if rows(root / at, "alpha") != list(range(PENDING))]
+    code, count = _wanted(name, number, root, done)
+    found = rows(root, "alpha")
+    told_of = sum(map(int, re.findall(r"(\d+) operations could not be written", done.stderr)))
+    wrong = [] if found == list(range(len(found))) else ["hole: the rows are no prefix"]
+    if len(found) + told_of < count:
+        wrong.append(f"lost: {count - len(found)} rows of {count}, and {told_of} were told")
+    if done.returncode != code:
+        wrong.append(f"end: {done.returncode}, not {code}: {done.stderr}")
+    if SAID.get(name, "") not in done.stderr:
+        wrong.append(f"untold: {done.stderr}")
+    return wrong
+
+
+def _wanted(name: str, number: int, root: Path, done: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+    """Return the code a case has to end with, and how many rows must be written or told of."""
+    if name == "without":
+        return -number, PENDING // 2
+    if name == "waiting_for_room":
+        return 128 + number, int(done.stdout.split()[1])
+    if name == "own_handlers":
+        return 0 if done.stdout == f"told {number}\n" else -1, 0
+    if name == "hook_begins":
+        return 0, PENDING
+    if name == "hook_storm":
+        return done.returncode, int.from_bytes((root / "notes").read_bytes(), "big")
+    return 128 + number, PENDING
+
+
+def rows(root: Path, job_id: str) -> list[int]:
+    """Open a job and return the numbers of its rows."""
+    from persistency import Persistency
+
+    with Persistency(root) as persistency, persistency.open_job(job_id) as job:
+        return numbers(job)
+
+
+def signal_from_outside(root: Path, number: int, rng: random.Random, python: str = sys.executable) -> list[str]:
+    """Send a signal, or two, to a process that posts without an end, at any moment; return what is wrong then."""
+    root.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen(
+        [python, *FLAGS, "-m", "tests.crash.signalled", "busy", str(root), "0"],
+        cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+        times = rng.choice([1, 2])
+        for _ in range(times):
+            time.sleep(rng.random() * 0.1)  # load; nothing relies on its length
+            process.send_signal(number)
+        try:
+            _, errors = process.communicate(timeout=2 * WAIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return [f"hang: still there after {2 * WAIT} s"]
+    # At the interpreter's very end, behind every hook, Python gives signals their default meaning again.
+    codes = (128 + number, -number)[:times]
+    wrong = [] if process.returncode in codes else [f"end: {process.returncode}: {errors[-500:]}"]
+    notes = (root / "notes").read_bytes()
+    for me in range(3):
+        found, posted = rows(root, f"row-{me}"), int.from_bytes(notes[8 * me : 8 * me + 8], "big")
+        wrong += [] if found == list(range(len(found))) else [f"hole: job {me}"]
+        wrong += [] if len(found) >= posted else [f"lost: {posted - len(found)} rows of job {me}"]
+    return wrong
+
+
 def main() -> None:
     """Run one case."""
-    name, root, number, *rest = [*sys.argv[1:], "0"]
-    CASES[name](root, int(getattr(signal, number, number)), *rest[:-1])
+    name, root, number, *plants = sys.argv[1:]
+    for plant in plants:
+        PLANTS[plant]()
+    CASES[name](root, int(getattr(signal, number, number)))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
-from tests.crash.forked import PLANTS, hold_until_retired
+from tests.crash.forked import PLANTS, hold_until_retired, missing, play
 from tests.crash.held import KEPT, MAILBOX_OPS_MAX, PENDING, post
 
 CHILDREN = 2
@@ -206,6 +207,24 @@ def run(method: str, how: str, end: str, root: str, plant: str | None) -> tuple[
     hold_until_retired()
     post(own, posted, posted + PENDING)
     return wrong, {**jobs, "parent": posted + PENDING}
+
+
+def play_spawned(
+    place: Path, method: str, how: str, end: str, *, plant: str | None = None, python: str = sys.executable
+) -> list[str]:
+    """Run one form in a process of its own; return what is wrong, and what is lost."""
+    from persistency import Persistency
+
+    root = place / "root"
+    done, wrong = play("spawned", method, how, end, root, *(("--plant", plant) if plant else ()), python=python)
+    if wrong or done.returncode or done.stderr:
+        return [*wrong, f"end: {done.returncode} {done.stderr}"]
+    jobs = json.loads(done.stdout.splitlines()[-1])["jobs"]
+    with Persistency(root) as persistency:
+        for job_id, count in jobs.items():
+            with persistency.open_job(job_id) as job:
+                wrong += missing(job_id, job, count)
+    return wrong
 
 
 def main() -> None:
