@@ -27,8 +27,10 @@ from typing import Any, NamedTuple
 import apsw
 
 SORT_ROWS_MIN = 64  # below that, sorting costs more than it saves
-TOGETHER_BYTES_MAX = 4 * 1024 * 1024  # per statement: its rows are copied once
-_PLACES_MAX = 2**20  # as many as there are characters of four bytes in UTF-8, and a few less
+# At once: the wider they are spread, the more of them come to one page. No more than characters of four bytes in UTF-8.
+SORT_ROWS_MAX = 2**17
+# Per statement: its rows are copied once, and SQLite keeps each page it changes, as it was, until the statement's end.
+TOGETHER_BYTES_MAX = 256 * 1024
 _MARKS_KEPT = 65_536
 _END_DIGITS = 16
 
@@ -118,15 +120,14 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Give rows, in the order of arrival, as chunks to be written; `before` is the version before the first one's."""
     count = len(keys)
-    size = (sum(map(len, keys)) + sum(map(len, payloads))) // count + 1
-    step = min(max(1, TOGETHER_BYTES_MAX // size), _PLACES_MAX)
-    if step >= count:
-        yield from _chunks(categories, keys, payloads, ends, before)
+    step = max(1, TOGETHER_BYTES_MAX * count // (sum(map(len, keys)) + sum(map(len, payloads)) + count))
+    if count <= SORT_ROWS_MAX:
+        yield from _chunks(categories, keys, payloads, ends, before, step)
         return
-    for at in range(0, count, step):
-        part = slice(at, at + step)
+    for at in range(0, count, SORT_ROWS_MAX):
+        part = slice(at, at + SORT_ROWS_MAX)
         yield from _chunks(
-            categories[part], keys[part], payloads[part], None if ends is None else ends[part], before + at
+            categories[part], keys[part], payloads[part], None if ends is None else ends[part], before + at, step
         )
 
 
@@ -136,25 +137,58 @@ def _chunks(
     payloads: Sequence[bytes],
     ends: Sequence[int | None] | None,
     before: int,
+    step: int,
 ) -> Iterator[Chunk]:
-    alone = categories.count(categories[0]) == len(categories)
-    if alone and (len(keys) < SORT_ROWS_MIN or _in_order(keys)):
-        parts: list[Iterable[bytes]] = [map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads]
-        if ends is not None:
-            parts.insert(1, map(_ENDS.__getitem__, ends))
-        blobs = tuple(map(b"".join, zip(*parts, strict=True)))
-        yield Chunk(_STATEMENTS[False, ends is not None], categories[0], before, apsw.carray(blobs), len(blobs))
-        return
+    count = len(keys)
+    if categories.count(categories[0]) < count or (count >= SORT_ROWS_MIN and not _in_order(keys)):
+        yield from _sorted(categories, keys, payloads, ends, before, step)
+    elif count <= step:
+        yield _as_they_came(categories[0], keys, payloads, ends, before)
+    else:
+        for at in range(0, count, step):
+            part = slice(at, at + step)
+            yield _as_they_came(
+                categories[0], keys[part], payloads[part], None if ends is None else ends[part], before + at
+            )
+
+
+def _as_they_came(
+    category: bytes,
+    keys: Sequence[bytes],
+    payloads: Sequence[bytes],
+    ends: Sequence[int | None] | None,
+    before: int,
+) -> Chunk:
+    parts: list[Iterable[bytes]] = [map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads]
+    if ends is not None:
+        parts.insert(1, map(_ENDS.__getitem__, ends))
+    blobs = tuple(map(b"".join, zip(*parts, strict=True)))
+    return Chunk(_STATEMENTS[False, ends is not None], category, before, apsw.carray(blobs), len(blobs))
+
+
+def _sorted(
+    categories: Sequence[bytes],
+    keys: Sequence[bytes],
+    payloads: Sequence[bytes],
+    ends: Sequence[int | None] | None,
+    before: int,
+    step: int,
+) -> Iterator[Chunk]:
+    statements = _STATEMENTS[True, ends is not None]
     # Twice stable: by key, then by category. Of equal keys the later row stays the later one, and wins.
     order = sorted(range(len(keys)), key=keys.__getitem__)
     order.sort(key=categories.__getitem__)
     for category, places in groupby(order, categories.__getitem__):
-        if ends is None:
-            blobs = tuple(b"".join((_PLACES[at], _LENGTHS[len(keys[at])], keys[at], payloads[at])) for at in places)
-        else:
-            blobs = tuple(
-                b"".join((_PLACES[at], _LENGTHS[len(keys[at])], _ENDS[ends[at]], keys[at], payloads[at]))
-                for at in places
-            )
-        yield Chunk(_STATEMENTS[True, ends is not None], category, before, apsw.carray(blobs), len(blobs))
-        del blobs
+        while True:
+            some = islice(places, step)  # noqa: B031  # the next of them, each time
+            if ends is None:
+                blobs = tuple(b"".join((_PLACES[at], _LENGTHS[len(keys[at])], keys[at], payloads[at])) for at in some)
+            else:
+                blobs = tuple(
+                    b"".join((_PLACES[at], _LENGTHS[len(keys[at])], _ENDS[ends[at]], keys[at], payloads[at]))
+                    for at in some
+                )
+            if not blobs:
+                break
+            yield Chunk(statements, category, before, apsw.carray(blobs), len(blobs))
+            del blobs
