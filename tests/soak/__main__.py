@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import logging
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -121,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     logging.getLogger("persistency").setLevel(logging.CRITICAL)  # failing is part of it
+    # What a shell starts in the background ignores interrupts, and so would all the children that are to be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with progress() as tell:
         parts = list(all_parts(given, tell))
     print_table(parts)
