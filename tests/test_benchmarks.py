@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -46,9 +48,11 @@ def hide(folder: Path, package: str) -> str:
     return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
-def crippled(task: str, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Contender:
-    """Return this engine with one of its functions changed."""
-    ours = load("persistency")
+def crippled(
+    task: str, change: Callable[[Callable[..., Any]], Callable[..., Any]], contender: Contender | None = None
+) -> Contender:
+    """Return a contender, else this engine, with one of its functions changed."""
+    ours = contender or load("persistency")
 
     def changed(original: Way) -> Way:
         return replace(original, make=lambda store: change(original.make(store)))
@@ -173,6 +177,110 @@ def test_every_case_sees_a_wrong_result(
     assert list(tmp_path.iterdir()) == []
 
 
+# What each peer takes part in; everything else it has no operation for.
+PEERS = {
+    "apsw": ("put", "put-random", "get", "commit", "scan"),
+    "apsw.aio": ("put", "put-random", "aget", "aget-64", "acommit", "lag"),
+    "sqlite3": ("put", "put-random", "get", "commit", "scan"),
+    "aiosqlite": ("put", "put-random", "aget", "aget-64", "acommit", "lag"),
+    "diskcache": ("put", "put-random", "get", "commit"),
+    "lmdb": ("put", "put-random", "get", "commit", "scan"),
+    "rocksdict": ("put", "put-random", "get", "commit", "scan"),
+    "plyvel": ("put", "put-random", "get", "commit", "scan"),
+}
+# For each task a result that is nearly right: a row that is lost, a payload that is another one.
+WRONG: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "put": lambda put: lambda rows: put(rows[1:]),
+    "put-random": lambda put: lambda rows: put([*rows[:-1], (rows[-1][0], b"")]),
+    "commit": lambda put: lambda key, payload: put(key, payload[1:]),
+    "acommit": lambda put: lambda key, payload: put(key, payload[1:]),
+    "get": lambda get: lambda key: get(key)[1:],
+    "aget": lambda get: lambda key: asyncio.sleep(0, key),
+    "post": lambda post: lambda rows: post(rows[1:]),
+    "scan": lambda scan: lambda prefix: list(scan(prefix))[:-1],
+}
+
+
+def installed(name: str) -> Contender:
+    """Return a contender; without its package the test is skipped, and says which."""
+    try:
+        return load(name)
+    except Missing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in PEERS.items() for case in cases])
+def test_every_way_of_a_peer_is_measured_and_verified(name: str, case: str, tmp_path: Path) -> None:
+    """Each way of a peer gives a figure at a tiny size, and the same way with a wrong result ends in a mismatch."""
+    peer = installed(name)
+    ways = CASES[case].ways(peer)
+    found = run_case(CASES[case], [peer], WORKLOAD, 1, parent=tmp_path)
+    assert [one.way for one in found] == [way.label for way in ways] != []
+    assert all(one.us > 0 for one in found)
+    for way in ways:
+        wrong = crippled(way.task, WRONG[way.task], replace(peer, ways=(way,)))
+        with pytest.raises(Mismatch, match=re.escape(name)):
+            run_case(CASES[case], [wrong], WORKLOAD, 1, parent=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_takes_part_in_what_it_can(name: str) -> None:
+    """The cases a peer has ways for are those named above, so that none is lost in silence."""
+    peer = installed(name)
+    assert {case for case in CASES if CASES[case].ways(peer)} == {*PEERS[name], "packages"}
+    assert peer.name == name
+    assert peer.settings
+
+
+WRITE_AND_DIE = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from benchmarks.contenders import load
+from tests.test_benchmarks import WORKLOAD
+
+async def commit(put, rows):
+    for key, payload in rows:
+        await put(key, payload)
+
+name, at, directory = sys.argv[1:]
+peer = load(name)
+way = peer.ways[int(at)]
+rows = WORKLOAD.for_contender(peer, WORKLOAD.ordered)
+runner = asyncio.Runner()
+write = way.make(peer.open_store(Path(directory), runner))
+if way.task == "commit":
+    for key, payload in rows:
+        write(key, payload)
+elif way.task == "acommit":
+    runner.run(commit(write, rows))
+else:
+    write(rows)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_what_a_peer_has_committed_outlives_a_kill(name: str, tmp_path: Path) -> None:
+    """All peers are set to the same durability: what a way of theirs has put or committed is there after SIGKILL."""
+    peer = installed(name)
+    for at, way in enumerate(peer.ways):
+        if way.task not in {"put", "put-random", "commit", "acommit"}:
+            continue
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", WRITE_AND_DIE, name, str(at), str(directory)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        check_stored(peer, directory, WORKLOAD.for_contender(peer, WORKLOAD.ordered))
+
+
 def test_repetitions_are_interleaved() -> None:
     """Everybody is measured once before anybody is measured again."""
     order: list[str] = []
@@ -214,9 +322,9 @@ def test_every_target_names_a_way_there_is() -> None:
 
 def test_contenders_are_imported_only_when_asked_for() -> None:
     """Importing the command imports no peer's package."""
-    code = "import sys, benchmarks.__main__; print(*sorted({'diskcache', 'aiosqlite', 'fdb'} & sys.modules.keys()))"
+    peers = {"diskcache", "aiosqlite", "fdb", "apsw.aio", "lmdb", "rocksdict", "plyvel"}
+    code = f"import sys, benchmarks.__main__; print(*sorted({peers} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
-    assert PACKAGES.keys() == {path.stem for path in (REPOSITORY / "benchmarks/contenders").glob("[!_]*.py")} - {
-        "tables"
-    }
+    modules = {path.stem for path in (REPOSITORY / "benchmarks/contenders").glob("[!_]*.py")}
+    assert {name.replace(".", "_") for name in PACKAGES} == modules - {"tables", "groups"}
