@@ -40,7 +40,7 @@ _LOOK_SECONDS = 0.1
 _INTERRUPTS_MAX = 2  # the second one gives up
 # So long a fork waits for those who are in the middle of something. In a child of one that doesn't, SQLite may hang:
 # what it has locked for a moment, for all of its connections, stays locked there.
-_FORK_SECONDS = 5.0
+_FORK_SECONDS = 2.0
 
 
 class _Charge(NamedTuple):
@@ -240,7 +240,7 @@ class _Fork:
                 self._tokens.append((worker, token))
                 if worker.mailbox.hold(token, deadline - monotonic()):
                     self._quiet.add(id(worker))
-                elif not worker.mailbox.waits_for_itself():
+                elif not worker.mailbox.taken_here:
                     self._complete = False
             # Only now, for a worker that ends needs it in its turn; with it nobody begins any more.
             self._locked = True

@@ -281,8 +281,12 @@ class Site:
                 last = not entry.leases and not entry.leaving
                 entry.leaving = entry.leaving or last
         finally:
-            if last:  # also if an interrupt comes here: nobody else would do it
-                closed = self._close(entry, drain=drain)
+            if last:  # also if an interrupt comes here, and here again: nobody else would do it
+                try:
+                    closed = self._close(entry, drain=drain)
+                except BaseException:
+                    self._close(entry, drain=drain)
+                    raise
         if last:
             return closed
         if entry.worker is not None:

@@ -140,7 +140,8 @@ class Slots:
         with self._lock:
             while self._woken:
                 until = float("inf") if self._open_timeout is None else monotonic() + self._open_timeout
-                self._waiting[self._woken.popleft()] = until
+                if (place := self._woken.popleft()) not in self._live:
+                    self._waiting[place] = until
 
     def _granted(self) -> list[Place]:
         with self._lock:

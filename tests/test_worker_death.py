@@ -569,3 +569,55 @@ def test_whatever_others_functions_throw_the_worker_goes_on(
     assert job.get("c", ("k",)).result(WAIT) == b"x"
     assert (job.statistics().accepted, job.statistics().pending) == (job.statistics().committed + 3, 0)
     assert "poisoned" not in caplog.text
+
+
+# -- Ctrl-C in a caller ------------------------------------------------------------------------------------------------
+
+
+class Interrupter:
+    """Throws a KeyboardInterrupt once into the thread that enters it, at the `at`-th place in the package."""
+
+    def __init__(self, at: int) -> None:
+        self.places = 0
+        self._at = at
+
+    def __call__(self, frame: Any, event: str, _arg: Any) -> None:
+        """Count a place, and throw if it is the one."""
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(PACKAGE):
+            self.places += 1
+            if self.places == self._at:
+                raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+
+def close_interrupted(place: Path, at: int, *, resting: bool) -> int:
+    """Close a job with an interrupt at some place of it; see that it is closed all the same; return the places."""
+    with Persistency(place, max_live_jobs=1) as persistency:
+        job = persistency.open_job("a")
+        job.put("c", (1,), b"x")
+        job.flush().result(WAIT)
+        if resting:
+            persistency.open_job("b").flush().result(WAIT)
+            assert job.statistics().state == "idle"
+        with contextlib.suppress(KeyboardInterrupt), Interrupter(at) as interrupter:
+            job.close()
+        job.close(timeout=WAIT)
+        again = persistency.open_job("a")
+        assert again.get("c", (1,)).result(WAIT) == b"x"
+    return interrupter.places
+
+
+@pytest.mark.parametrize("resting", [False, True], ids=["live", "resting"])
+def test_an_interrupted_close_closes_all_the_same(place: Path, resting: bool) -> None:
+    """Promise 7: wherever a Ctrl-C comes in `close`, the job is closed, and can be opened again."""
+    places = close_interrupted(place / "count", 10**9, resting=resting)
+    assert places > 20
+    # Of the last ones some come after the close is over; with the first one nothing has begun.
+    for at in random.Random(2026).sample(range(2, places + 1), 40):
+        close_interrupted(place / str(at), at, resting=resting)

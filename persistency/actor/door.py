@@ -73,6 +73,11 @@ class Door(Sleeper):
         """Whether somebody has the turn."""
         return self._holder is not None
 
+    @property
+    def taken_here(self) -> bool:
+        """Whether the calling thread has the turn."""
+        return self._holder is not None and self._holder_thread == get_ident()
+
     def waits_for_itself(self) -> bool:
         """Say whether the calling thread is the one that would have to answer."""
         return get_ident() in (self.worker_thread, None if self._holder is None else self._holder_thread)

@@ -164,6 +164,10 @@ class Mailbox(Door):
             self._holder = token
             return True
 
+    def is_held_by(self, token: object) -> bool:
+        """Say whether this token has the turn."""
+        return self._holder is token
+
     def give_back(self, token: object) -> None:
         """Give the turn back, if this token has it, and see that what was posted meanwhile is looked after."""
         if self._holder is token:

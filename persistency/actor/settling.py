@@ -104,7 +104,7 @@ def _settle(replies: Collection[Reply[Any]], state: str) -> None:
     """Give replies their last state and wake everybody: first decide under the gate, then act outside of it."""
     loops: dict[Any, list[Any]] = {}
     called: deque[tuple[Reply[Any], Callable[[Any], object]]] = deque()
-    awaited: deque[Reply[Any]] = deque()
+    awaited: dict[Reply[Any], int] = {}
     try:
         _decide(replies, state, loops, called, awaited)
         _act(state, loops, called, awaited)
@@ -119,15 +119,15 @@ def _decide(
     state: str,
     loops: dict[Any, list[Any]],
     called: deque[tuple[Reply[Any], Callable[[Any], object]]],
-    awaited: deque[Reply[Any]],
+    awaited: dict[Reply[Any], int],
 ) -> None:
-    """Settle replies, or note down those that `concurrent.futures` waits for; and whom to wake."""
+    """Settle replies, or note down those that `concurrent.futures` waits for, with how many waiters are told."""
     everybody = list(replies)
     with gate:
         for reply in everybody:
             everybody += reply._followers or ()
             if reply._state == PENDING and reply._made_condition is not None:
-                awaited.append(reply)
+                awaited.setdefault(reply, 0)
             else:
                 _enter(reply, state, loops, called)
 
@@ -136,12 +136,11 @@ def _act(
     state: str,
     loops: dict[Any, list[Any]],
     called: deque[tuple[Reply[Any], Callable[[Any], object]]],
-    awaited: deque[Reply[Any]],
+    awaited: dict[Reply[Any], int],
 ) -> None:
     """Wake who was noted down; each is crossed out only then."""
-    while awaited:
+    for reply, told in list(awaited.items()):
         # `concurrent.futures.wait` counts under the condition, so the state may only change under it too.
-        reply = awaited[0]
         condition = reply._condition
         with condition:
             with gate:
@@ -149,10 +148,11 @@ def _act(
                     if follower._made_condition is None:
                         _enter(follower, state, loops, called)
                 _enter(reply, state, loops, called)
-            for waiter in reply._made_waiters:
+            for waiter in reply._made_waiters[told:]:  # who is told twice counts wrongly
                 (waiter.add_cancelled if state == CANCELLED else waiter.add_result)(reply)
+                awaited[reply] += 1
             condition.notify_all()
-        awaited.popleft()
+        del awaited[reply]
     for loop, futures in loops.items():  # a second time, if it must be, does no harm
         try:
             loop.call_soon_threadsafe(_wake, futures)

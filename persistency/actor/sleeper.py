@@ -25,6 +25,7 @@ class Sleeper:
         self._asleep = False
         self._rung = False
         self._wake: Callable[[], None] | None = None
+        self.dozes = 0  # how often it has dozed off
         self._bell = Lock()
         self._bell.acquire()
 
@@ -64,8 +65,7 @@ class Sleeper:
             if self._ends():
                 return False
             self._rung = False  # there is nothing to look after but what comes from now on
-            self._wake = wake
-            self._asleep = True
+            self._wake, self._asleep, self.dozes = wake, True, self.dozes + 1
             if self._stirs():
                 self._ring()
             return True

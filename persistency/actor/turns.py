@@ -121,6 +121,11 @@ class Turns:
         if left is not None and left <= 0:
             raise Closed(f"job {self._job_id!r} was temporary, and its time is over")
 
+    def discard(self) -> None:
+        """From now on fail what is to be run, and wait for nothing that stalls."""
+        self.discards = True
+        self.hurry.set()
+
     def decide(self, group: Group, answers: list[Answer]) -> None:
         """Run a group; add what is to be answered."""
         self.used_at = monotonic()

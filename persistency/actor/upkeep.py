@@ -101,6 +101,10 @@ class Upkeep:
             step()
         except Harm as harm:
             turns.poison(harm.cause, harm.outcome, answers)
+
+    def step(self, step: Callable[[], None], turns: Turns, answers: list[Answer]) -> None:
+        """Take one step, and answer who waits for changes: some rows may have ended."""
+        self.do(step, turns, answers)
         turns.tell_waiters(answers)
 
     def next_step(self, *, reaps: bool) -> Callable[[], None] | None:
@@ -122,7 +126,10 @@ class Upkeep:
         return self._log is not None and self._log.checkpoint_due(idle=True) and monotonic() >= self._carry_at
 
     def carry_over(self, turns: Turns) -> None:
-        """Take the step that carries the log over, for who has the turn, and settle what is answered for it."""
+        """Carry the log over for a caller who has the turn, and settle what is answered if that poisons the job.
+
+        A worker that was only rung might never get the turn beside a busy caller.
+        """
         answers: list[Answer] = []
         self.do(self.checkpoint, turns, answers)
         settle_all(answers)

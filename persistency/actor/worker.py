@@ -120,15 +120,20 @@ class Worker:
     def close(self, *, drain: bool = True) -> Reply[None]:
         """Refuse further posts, run what waits (or fail it with `Closed`), close the store; `closed` tells."""
         if not drain:
-            self.turns.discards = True
-            self.turns.hurry.set()
-        dozed = self._wakes_nobody()
-        self.mailbox.close(lambda: Closed(f"job {self._job_id!r} is closed"))
-        if dozed and self._slot is not None:
-            if self.mailbox.ended:  # there is nothing to be opened for
+            self.turns.discard()
+        closed = Closed(f"job {self._job_id!r} is closed")
+        try:
+            dozed = self._wakes_nobody()
+            self.mailbox.close(lambda: closed)
+            if dozed and self.mailbox.ended:  # there is nothing to be opened for
                 self._serve_late()
-            else:
+            elif dozed and self._slot is not None:
                 self._slot.wake()
+        except BaseException:  # an interrupt: who was woken from his doze for this has to come all the same
+            self.mailbox.close(lambda: closed)
+            if self._slot is not None:
+                self._slot.wake()
+            raise
         return self.closed
 
     def retire(self) -> Reply[None]:
@@ -138,10 +143,10 @@ class Worker:
         elif self._retired is None:
             self._retired = pending(self.mailbox, reads=False)
             self.mailbox.ring()
-        if self._over or self._retired is None:  # without a thread already: whoever asks does it
-            self._serve_late()
-            return ready()
-        return self._retired
+        if self._retired is not None and not self._over:
+            return self._retired
+        self._serve_late()  # without a thread already: whoever asks does it
+        return ready()
 
     def doze(self) -> None:
         """Wait for the first post, or a ring, before the store is opened. Instead of `start`, where there is a slot."""
@@ -159,6 +164,7 @@ class Worker:
         return self.mailbox.as_one(lambda level: numbers(level.accepted, level.nbytes, status, commit_ms))
 
     def _run(self) -> None:
+        dozes = self.mailbox.dozes
         try:
             with self._starting:
                 if self._over:  # whoever has started this thread was interrupted, and has given up
@@ -172,7 +178,8 @@ class Worker:
             try:
                 self._leave(sys.exception())
             except BaseException as error:  # thrown into this thread; nobody else would do it
-                self._leave(error)
+                if self.mailbox.dozes == dozes:
+                    self._leave(error)
                 raise
 
     def _leave(self, cause: BaseException | None) -> None:
@@ -217,8 +224,7 @@ class Worker:
         self._serve_late()  # which gives the slot back
 
     def _fail_all(self, cause: BaseException) -> None:
-        answers: list[Answer] = []
-        self._fail(cause, answers)
+        self._fail(cause, answers := list[Answer]())
         settle_all(answers)
 
     def _fail(self, cause: BaseException, answers: list[Answer]) -> None:
@@ -250,13 +256,11 @@ class Worker:
 
     def could_not_start(self, error: BaseException) -> None:
         """Tell that nobody could start the worker: what was posted meanwhile fails."""
-        token = object()
         self._over = self._resting = False
-        answers: list[Answer] = []
-        if self.mailbox.hold(token):
+        if self.mailbox.hold(self):
             self.mailbox.take()
-        self._not_opened(error, answers)
-        self.mailbox.give_back(token)
+        self._not_opened(error, answers := list[Answer]())
+        self.mailbox.give_back(self)
         settle_all(answers)
         if self._resting:
             self._lie_down()
@@ -281,7 +285,7 @@ class Worker:
                 return
             upkeep = self.activation.upkeep
             while upkeep is not None and not self.turns.poisoned and (step := upkeep.next_step(reaps=not self._over)):
-                if not self._in_turn(partial(upkeep.do, step, self.turns)):
+                if not self._in_turn(partial(upkeep.step, step, self.turns)):
                     return
             # Only now, with the last answers given: what nobody looked at is still to be raised by the closing.
             again = bool(taken) and self.mailbox.ended
@@ -295,7 +299,11 @@ class Worker:
                 return False
             act(answers)
         except BaseException as error:
-            self._fail(error, answers)
+            mine = self.mailbox.worker_thread == get_ident()
+            if mine or self.mailbox.is_held_by(token):
+                self._fail(error, answers)
+            if not (mine or isinstance(error, Exception)):
+                raise  # a caller's Ctrl-C
         finally:
             try:
                 self.mailbox.give_back(token)
@@ -351,10 +359,10 @@ class Worker:
         elif self._retired is not None and not self._retired.done():
             self._retire(answers)
         elif not (worked or self._over) and self._retired is None and self.opened.done() and self.activation.may_rest():
+            self._tally.state = "idle"  # first: who gets the slot may look at once
             if (lost := self.activation.end()) is not None:
                 self.turns.poison(lost, "not applied", answers)
-            else:
-                self._tally.state, self._resting = "idle", True
+            self._resting = lost is None
         elif self._slot is not None and self._over:  # late posts to many jobs mustn't keep all of their files open
             self.activation.end()
         elif self.store is None and self._slot is not None:  # woken for nothing
@@ -364,7 +372,6 @@ class Worker:
     def _after_write_in_place(self) -> None:
         upkeep = self.activation.upkeep
         if upkeep is not None and upkeep.checkpoint_due():
-            # By the one who has the turn: a worker that was only rung might never get it beside a busy caller.
             upkeep.carry_over(self.turns)
         if self.waiters or (upkeep is not None and not upkeep.is_planned()):
             self.mailbox.ring()
@@ -383,8 +390,7 @@ class Worker:
 
     def _retire(self, answers: list[Answer]) -> None:
         assert self._retired is not None
-        # First the posters are told, then what came until then is run: beside one that never pauses it ends too.
-        self.mailbox.unattend(self._serve_late)
+        self.mailbox.unattend(self._serve_late)  # first, for beside one who never pauses it has to end, too
         if rest := self.mailbox.take():
             self.turns.decide(rest, answers)
         if self.activation.upkeep is not None and not self.turns.poisoned:

@@ -29,8 +29,10 @@ import apsw
 SORT_ROWS_MIN = 64  # below that, sorting costs more than it saves
 # At once: the wider they are spread, the more of them come to one page. No more than characters of four bytes in UTF-8.
 SORT_ROWS_MAX = 2**17
-# Per statement: its rows are copied once, and SQLite keeps each page it changes, as it was, until the statement's end.
-TOGETHER_BYTES_MAX = 256 * 1024
+# Per statement, for whose end SQLite keeps each page as it was before. Fewer would be slower beside threads that keep
+# the interpreter busy: each statement may have to wait 5 ms for it.
+TOGETHER_ROWS_MAX = 4_096
+TOGETHER_BYTES_MAX = 4 * 1024 * 1024  # copied once
 _MARKS_KEPT = 65_536
 _END_DIGITS = 16
 
@@ -120,7 +122,8 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Give rows, in the order of arrival, as chunks to be written; `before` is the version before the first one's."""
     count = len(keys)
-    step = max(1, TOGETHER_BYTES_MAX * count // (sum(map(len, keys)) + sum(map(len, payloads)) + count))
+    size = (sum(map(len, keys)) + sum(map(len, payloads))) // count + 1
+    step = min(max(1, TOGETHER_BYTES_MAX // size), TOGETHER_ROWS_MAX)
     if count <= SORT_ROWS_MAX:
         yield from _chunks(categories, keys, payloads, ends, before, step)
         return

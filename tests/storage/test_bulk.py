@@ -55,11 +55,17 @@ def test_however_a_group_is_cut_the_same_is_stored(
         patch.setattr("persistency.storage.table.CARRAY", False)  # a statement for each row
         expected = stored(tmp_path / "apart", group)
     assert expected[2] == 700
-    for rows_max, bytes_max in ((2**17, 2**18), (2**17, 500), (97, 2**18), (97, 500), (1, 1)):
-        patch = monkeypatch
-        patch.setattr(bulk, "SORT_ROWS_MAX", rows_max)
-        patch.setattr(bulk, "TOGETHER_BYTES_MAX", bytes_max)
-        assert stored(tmp_path / f"{rows_max} {bytes_max}", group) == expected
+    for at_once, rows, nbytes in (
+        (2**17, 4_096, 2**22),
+        (2**17, 50, 2**22),
+        (2**17, 4_096, 500),
+        (97, 30, 500),
+        (1, 1, 1),
+    ):
+        monkeypatch.setattr(bulk, "SORT_ROWS_MAX", at_once)
+        monkeypatch.setattr(bulk, "TOGETHER_ROWS_MAX", rows)
+        monkeypatch.setattr(bulk, "TOGETHER_BYTES_MAX", nbytes)
+        assert stored(tmp_path / f"{at_once} {rows} {nbytes}", group) == expected
 
 
 def test_a_big_group_takes_little_memory_of_sqlites(tmp_path: Path) -> None:
