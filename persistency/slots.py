@@ -132,7 +132,11 @@ class Slots:
     def _look_round(self) -> None:
         self._line_up()
         for place in self._granted():
-            lifecycle.begin(place.worker)
+            try:
+                lifecycle.begin(place.worker)
+            except BaseException:  # else nobody could ever wake it again
+                self.give_back(place)
+                raise
         self._give_up()
         self._ask()
 

@@ -107,8 +107,8 @@ class _Step:
 
     def __enter__(self) -> None:
         with _gate:
+            self.thread = get_ident()  # first: a signal handler may fork here
             self._lock.acquire()
-        self.thread = get_ident()
 
     def __exit__(self, *_: object) -> None:
         self.thread = None

@@ -1,7 +1,6 @@
 """The worker: the life of one job. It opens the store, runs turns, looks after the store, rests, and ends.
 
-A job nobody uses may *rest*: its store is closed and its thread ends; the next post gets it another one, and the store
-is opened again. When the interpreter exits, posters serve themselves.
+A job at rest has no thread; the next post gets it another one. When the interpreter exits, posters serve themselves.
 
 Rules:
   1. Every reply that was taken is settled, whatever happens, to the thread too.
@@ -257,10 +256,10 @@ class Worker:
     def could_not_start(self, error: BaseException) -> None:
         """Tell that nobody could start the worker: what was posted meanwhile fails."""
         self._over = self._resting = False
-        if self.mailbox.hold(self):
+        if self.mailbox.hold(token := object()):
             self.mailbox.take()
         self._not_opened(error, answers := list[Answer]())
-        self.mailbox.give_back(self)
+        self.mailbox.give_back(token)
         settle_all(answers)
         if self._resting:
             self._lie_down()
@@ -302,7 +301,7 @@ class Worker:
             mine = self.mailbox.worker_thread == get_ident()
             if mine or self.mailbox.is_held_by(token):
                 self._fail(error, answers)
-            if not (mine or isinstance(error, Exception)):
+            if not mine:
                 raise  # a caller's Ctrl-C
         finally:
             try:
@@ -391,7 +390,8 @@ class Worker:
     def _retire(self, answers: list[Answer]) -> None:
         assert self._retired is not None
         self.mailbox.unattend(self._serve_late)  # first, for beside one who never pauses it has to end, too
-        if rest := self.mailbox.take():
+        rest = self.mailbox.take()
+        if rest and (self.store is not None or self._begin(rest, answers)):
             self.turns.decide(rest, answers)
         if self.activation.upkeep is not None and not self.turns.poisoned:
             self.activation.upkeep.settle()
