@@ -293,8 +293,8 @@ class Site:
             entry.worker.waiters.leave(job, Closed(f"job {job.id!r} is closed"))
         try:
             return mailbox.write(Barrier(), 0, 0, free=True) if drain and flush else ready()
-        except PersistencyError as error:  # the job is poisoned
-            return ready(error=error)
+        except PersistencyError as error:  # the job is poisoned, or was closed for good just now, which writes all
+            return entry.gone if isinstance(error, Closed) and entry.leaving else ready(error=error)
 
     def _close(self, entry: _Entry, *, drain: bool) -> Reply[None]:
         assert entry.worker is not None

@@ -40,6 +40,7 @@ from persistency import (
     WriteFailed,
     key,
 )
+from persistency.actor.mailbox import Mailbox
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.memory import MemoryStore
 from persistency.storage.port import PLACES
@@ -1293,3 +1294,23 @@ def test_a_job_that_can_not_be_reached_is_unavailable(persistency: Persistency, 
     assert (root / "target").read_bytes() == b""
     assert (root / "a.db").is_symlink()
     assert list(persistency) == []
+
+
+def test_a_handle_that_closes_while_the_last_one_does(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3-20: who isn't the last to close, and finds the job closed when he wants it flushed, waits for that closing."""
+    first, second = Persistency(root), Persistency(root)
+    early, late = first.open_job("a"), second.open_job("a")
+    early.put("c", (1,), b"")
+    write = Mailbox.write
+
+    def closed_meanwhile(mailbox: Mailbox, *args: Any, **how: Any) -> Any:
+        monkeypatch.setattr(Mailbox, "write", write)
+        late.close()
+        return write(mailbox, *args, **how)
+
+    monkeypatch.setattr(Mailbox, "write", closed_meanwhile)
+    early.close()
+    first.close()
+    second.close()
+    with Persistency(root) as again:
+        assert again.open_job("a").count("c").result(WAIT) == 1
