@@ -14,7 +14,8 @@ from pathlib import Path
 
 import aiosqlite
 
-from benchmarks.contenders.tables import CATEGORY_BYTES, FILE_NAME, GET, PUT, SCHEMA, read_back
+from benchmarks.contenders.awaited import put_in_turn
+from benchmarks.contenders.tables import CATEGORY_BYTES, FILE_NAME, GET, PUT, SCHEMA, places, read_back
 from benchmarks.protocol import AwaitedGet, AwaitedPut, Contender, Pair, PostSome, PutAll, Way
 
 
@@ -22,7 +23,7 @@ class Awaited:
     """A connection that lives in the event loop of its runner."""
 
     def __init__(self, directory: Path, runner: asyncio.Runner) -> None:
-        self._runner = runner
+        self.runner = runner
         self.connection = runner.run(self._connect(directory / FILE_NAME))
 
     async def _connect(self, path: Path) -> aiosqlite.Connection:
@@ -33,27 +34,17 @@ class Awaited:
         await connection.executescript(SCHEMA)
         return connection
 
-    def run_all(self, put: AwaitedPut, rows: Sequence[Pair]) -> None:
-        """Await a put of each row in turn."""
-
-        async def put_all() -> None:
-            for key, payload in rows:
-                await put(key, payload)
-
-        self._runner.run(put_all())
-
     def fill(self, rows: Sequence[Pair]) -> None:
         """Store rows in one transaction, with one hop to the thread."""
-        self._runner.run(self._fill(rows))
+        self.runner.run(self._fill(rows))
 
     async def _fill(self, rows: Sequence[Pair]) -> None:
-        places = [(CATEGORY_BYTES, key, payload, version) for version, (key, payload) in enumerate(rows, 1)]
-        await self.connection.executemany(PUT, places)
+        await self.connection.executemany(PUT, places(rows))
         await self.connection.commit()
 
     def close(self) -> None:
         """Close the connection and end its thread."""
-        self._runner.run(self.connection.close())
+        self.runner.run(self.connection.close())
 
 
 def _aget(store: Awaited) -> AwaitedGet:
@@ -107,7 +98,7 @@ def _post(store: Awaited) -> PostSome:
 
 def _put_all(store: Awaited) -> PutAll:
     put = _acommit(store)
-    return lambda rows: store.run_all(put, rows)
+    return lambda rows: put_in_turn(store.runner, put, rows)
 
 
 CONTENDER = Contender(

@@ -18,25 +18,27 @@ from typing import Any
 import apsw
 import apsw.aio
 
+from benchmarks.contenders.awaited import put_in_turn
 from benchmarks.contenders.groups import sorted_groups
-from benchmarks.contenders.tables import CATEGORY_BYTES, FILE_NAME, GET, PUT, SCHEMA, read_back
+from benchmarks.contenders.tables import (
+    CATEGORY_BYTES,
+    CHECKPOINT_COMMIT_PAGES,
+    CHECKPOINT_PAGES,
+    FILE_NAME,
+    GET,
+    PUT,
+    SCHEMA,
+    places,
+    read_back,
+)
 from benchmarks.protocol import AwaitedGet, AwaitedPut, Contender, Pair, PostSome, PutAll, Way
-
-# This engine's checkpoint policy, as far as SQLite's own auto-checkpoint can follow it: a long log while much is put, a
-# shorter one between single commits.
-CHECKPOINT_PAGES = 12_000
-CHECKPOINT_COMMIT_PAGES = 4_000
-
-
-def _places(rows: Iterable[Pair]) -> Iterable[tuple[bytes, bytes, bytes, int]]:
-    return ((CATEGORY_BYTES, key, payload, version) for version, (key, payload) in enumerate(rows, 1))
 
 
 class Awaited:
     """An asynchronous connection that lives in the event loop of its runner."""
 
     def __init__(self, directory: Path, runner: asyncio.Runner) -> None:
-        self._runner = runner
+        self.runner = runner
         # The same class in both uses: its calls are awaited in the loop, and give their result at once inside the
         # functions that its thread runs for `async_run`. No one annotation fits both.
         self.connection: Any = runner.run(self._connect(directory / FILE_NAME))
@@ -62,29 +64,20 @@ class Awaited:
         async def change() -> None:
             await self.connection.pragma("wal_autocheckpoint", pages)
 
-        self._runner.run(change())
+        self.runner.run(change())
 
     async def put_many(self, rows: Iterable[Pair]) -> None:
         """Store rows in one transaction, the way the documentation gives for many rows."""
         async with self.connection:
-            await self.connection.executemany(PUT, _places(rows))
+            await self.connection.executemany(PUT, places(rows))
 
     def run_put(self, rows: Iterable[Pair]) -> None:
         """Do the same, for somebody outside the loop."""
-        self._runner.run(self.put_many(rows))
-
-    def run_all(self, put: AwaitedPut, rows: Sequence[Pair]) -> None:
-        """Await a put of each row in turn."""
-
-        async def put_all() -> None:
-            for key, payload in rows:
-                await put(key, payload)
-
-        self._runner.run(put_all())
+        self.runner.run(self.put_many(rows))
 
     def fill(self, rows: Sequence[Pair]) -> None:
         """Store rows, and begin the reading with a short log, as this engine does when it is idle."""
-        self._runner.run(self._fill(rows))
+        self.runner.run(self._fill(rows))
 
     async def _fill(self, rows: Sequence[Pair]) -> None:
         await self.put_many(rows)
@@ -92,7 +85,7 @@ class Awaited:
 
     def close(self) -> None:
         """Close the connection and end its thread."""
-        self._runner.run(self.connection.aclose())
+        self.runner.run(self.connection.aclose())
 
 
 def _put_all_many(store: Awaited) -> PutAll:
@@ -107,7 +100,7 @@ def _put_all_sorted(store: Awaited) -> PutAll:
 def _put_all_single(store: Awaited) -> PutAll:
     # Each row is committed when it was awaited; a single put of this engine is what it is compared with.
     put = _acommit(store)
-    return lambda rows: store.run_all(put, rows)
+    return lambda rows: put_in_turn(store.runner, put, rows)
 
 
 def _aget(store: Awaited) -> AwaitedGet:
@@ -151,7 +144,7 @@ def _post(store: Awaited) -> PostSome:
 
     def put_some(rows: Sequence[Pair]) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        connection.executemany(PUT, _places(rows))
+        connection.executemany(PUT, places(rows))
         connection.execute("COMMIT")
 
     async def post(rows: Sequence[Pair]) -> int:

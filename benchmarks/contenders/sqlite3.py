@@ -15,13 +15,19 @@ from itertools import chain
 from pathlib import Path
 
 from benchmarks.contenders.groups import sorted_groups
-from benchmarks.contenders.tables import CATEGORY_BYTES, FILE_NAME, GET, PUT, SCAN, SCHEMA, read_back
+from benchmarks.contenders.tables import (
+    CATEGORY_BYTES,
+    CHECKPOINT_COMMIT_PAGES,
+    CHECKPOINT_PAGES,
+    FILE_NAME,
+    GET,
+    PUT,
+    SCAN,
+    SCHEMA,
+    places,
+    read_back,
+)
 from benchmarks.protocol import Contender, Get, Pair, PutAll, PutOne, Scan, Way
-
-# This engine's checkpoint policy, as far as SQLite's own auto-checkpoint can follow it: a long log while much is put, a
-# shorter one between single commits.
-CHECKPOINT_PAGES = 12_000
-CHECKPOINT_COMMIT_PAGES = 4_000
 
 
 class Standard:
@@ -45,11 +51,8 @@ class Standard:
 
     def put_many(self, rows: Iterable[Pair]) -> None:
         """Store rows in one transaction, the way the documentation gives for many rows."""
-        begun = self.version + 1
         self.cursor.execute("BEGIN IMMEDIATE")
-        self.cursor.executemany(
-            PUT, ((CATEGORY_BYTES, key, payload, version) for version, (key, payload) in enumerate(rows, begun))
-        )
+        self.cursor.executemany(PUT, places(rows, self.version + 1))
         self.version += self.cursor.rowcount
         self.cursor.execute("COMMIT")
 

@@ -9,12 +9,12 @@ Doesn't know: which contender uses it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import apsw
 
-from benchmarks.protocol import CATEGORY
+from benchmarks.protocol import CATEGORY, Pair
 
 CATEGORY_BYTES = CATEGORY.encode()
 FILE_NAME = f"{CATEGORY}.db"
@@ -34,6 +34,16 @@ PUT = f"{INSERT}(?, ?, ?, ?){UPSERT}"
 # Peers aren't made to look at an expiry they don't use.
 GET = "SELECT payload FROM kv WHERE category = ? AND key = ?"
 SCAN = "SELECT key, payload FROM kv WHERE category = ? AND key >= ? AND key < ? ORDER BY key"
+
+# This engine's checkpoint policy, as far as SQLite's own auto-checkpoint can follow it: a long log while much is put, a
+# shorter one between single commits.
+CHECKPOINT_PAGES = 12_000
+CHECKPOINT_COMMIT_PAGES = 4_000
+
+
+def places(rows: Iterable[Pair], first: int = 1) -> Iterator[tuple[bytes, bytes, bytes, int]]:
+    """Give the bindings of `PUT` for rows; `first` is the version of the first one."""
+    return ((CATEGORY_BYTES, key, payload, version) for version, (key, payload) in enumerate(rows, first))
 
 
 def read_back(directory: Path, keys: Sequence[bytes]) -> tuple[int, list[bytes | None]]:
