@@ -29,6 +29,7 @@ import apsw
 
 from persistency.errors import Corrupt, DiskFull, Misuse, StorageError, Unavailable
 from persistency.storage import files, schema, strangers
+from persistency.storage.openings import undisturbed
 from persistency.storage.quota import USED_MS
 from persistency.storage.table import LATEST_MS
 
@@ -127,8 +128,9 @@ def restore(source: Path, target: Path, job_id: str, *, vfs: str | None = None) 
             except Corrupt as error:
                 error.hint = "Take another backup; the job is as it was."
                 raise
-            _clear_way(target, job_id, vfs)
-            _publish(copy, target)
+            with undisturbed(target):
+                _clear_way(target, job_id, vfs)
+                _publish(copy, target)
 
 
 def clear_attempts(target: Path) -> None:
@@ -187,7 +189,8 @@ def _clear_way(target: Path, job_id: str, vfs: str | None) -> None:
     if files.size(target):
         _fold(target, job_id, vfs)
     for beside in files.sidecars(target):
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            files.unlink(beside)
     # A power cut must not bring them back beside another file.
     files.sync_directory(target.parent)
 
@@ -248,9 +251,12 @@ def _beside(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _reading(path: Path, vfs: str | None, *, immutable: bool = False) -> Iterator[apsw.Connection]:
     """Give a connection to read a file with, in one read transaction."""
-    connection = schema.open_file(path, vfs, immutable=immutable)
-    with _ending(connection, lambda: schema.close(connection)):
-        connection.execute("BEGIN")
+    with contextlib.ExitStack() as stack:
+        with undisturbed(path):
+            connection = schema.open_file(path, vfs, immutable=immutable)
+            stack.enter_context(_ending(connection, lambda: schema.close(connection)))
+            connection.execute("BEGIN")
+            connection.pragma("user_version")  # it hasn't looked for a log before
         yield connection
 
 

@@ -30,9 +30,11 @@ from urllib.parse import unquote_to_bytes
 from zlib import crc32
 
 from persistency.errors import Corrupt, JobLocked, Misuse, Unavailable
+from persistency.storage.openings import undisturbed
 
 FILE_NAME_BYTES_MAX = 200
-SIDECARS = ("-wal", "-shm", "-journal")
+LOG = "-wal"
+SIDECARS = (LOG, "-shm", "-journal")
 _RECORD_BYTES_MAX = 128
 _TICK_NS = 100_000_000
 
@@ -150,7 +152,7 @@ def clear_leftovers(path: Path) -> bool:
     left = [beside for beside in sidecars(path) if check_regular(beside)]
     there = check_regular(path)
     # SQLite would clear the log of an empty file away.
-    if not size(path) and any(beside.stat().st_size for beside in left if beside.name.endswith("-wal")):
+    if not size(path) and any(beside.stat().st_size for beside in left if beside.name.endswith(LOG)):
         raise Corrupt(
             f"{str(path)!r} is {'empty' if there else 'gone'}, but its write-ahead log is still there",
             hint="Bring the file back, or clear the rest away with drop_job(job_id).",
@@ -361,15 +363,32 @@ def remove(path: Path, *, lock: bool = True) -> list[Path]:
     The database goes first: from then on the job is gone, whatever happens to the rest.
     """
     removed = []
-    for file in (path, *sidecars(path), *([path.with_suffix(".lock")] if lock else [])):
-        try:
-            file.unlink()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise Unavailable(f"can't delete {str(file)!r}: {error}") from error
-        removed.append(file)
+    with undisturbed(path):
+        for file in (path, *sidecars(path), *([path.with_suffix(".lock")] if lock else [])):
+            try:
+                unlink(file)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise Unavailable(f"can't delete {str(file)!r}: {error}") from error
+            removed.append(file)
     return removed
+
+
+def unlink(file: Path) -> None:
+    """Delete one of a job's files; a log is emptied first, if that is possible.
+
+    A reader in another process may just have opened it: it would take the next file's index for its own, and fill it.
+    """
+    if file.name.endswith(LOG):
+        with contextlib.suppress(OSError):
+            # SQLite has no locks on a log, which closing it would drop.
+            handle = os.open(file, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                os.ftruncate(handle, 0)
+            finally:
+                os.close(handle)
+    file.unlink()
 
 
 def _in_child() -> None:

@@ -26,6 +26,7 @@ import apsw
 
 from persistency.errors import Closed, Forked, PersistencyError, Unavailable
 from persistency.storage import files
+from persistency.storage.openings import undisturbed
 from persistency.storage.port import PLACES, Failed, GetRow, Group, ScanRange, Status
 from persistency.storage.snapshots import Snapshots, not_found
 
@@ -137,6 +138,7 @@ class SqliteReader:
             if self._still and self._place.look() != self._opened:
                 continue
             if fault is not None:
+                self._look_closely(now_ms)  # if it was removed meanwhile that is what is to be said
                 raise fault
             return answer
         raise Unavailable(f"{str(self._place.path)!r} is being written to, and its write-ahead log can't be read")
@@ -201,16 +203,19 @@ class SqliteReader:
                 f"{str(self._place.path)!r} has a write-ahead log that can't be read without writing beside it",
                 hint="Read it with the rights of the file's owner, or have the job opened and closed once.",
             )
-        snapshots = Snapshots(self._place.path, self._job_id, self._vfs, still=still)
+        snapshots: Snapshots | None = None
         fault: PersistencyError | None = None
         try:
-            snapshots.look(lambda _snapshots: None, now_ms)
+            with undisturbed(self._place.path):
+                snapshots = Snapshots(self._place.path, self._job_id, self._vfs, still=still)
+                snapshots.look(lambda _snapshots: None, now_ms)
         except PersistencyError as error:
             fault = error
         opened = self._place.look()
         changed = opened != before if still else _difference(before, opened, still=True) is not None
-        if changed or fault is not None:
-            snapshots.close()
+        if changed or fault is not None or snapshots is None:
+            if snapshots is not None:
+                snapshots.close()
             if fault is not None and not changed:
                 raise fault
             return
