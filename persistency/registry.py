@@ -26,7 +26,7 @@ from persistency.actor.errand import undivided
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import pending, ready, settle_all
+from persistency.actor.settling import Answer, pending, ready, settle_all
 from persistency.actor.worker import Worker
 from persistency.errors import Closed, Corrupt, Forked, JobLocked, Misuse, PersistencyError
 from persistency.job import Job
@@ -139,7 +139,7 @@ class Site:
         reply: Reply[T] = pending(placeholder.mailbox, reads=False)
 
         def do() -> None:
-            answer: tuple[Reply[Any], Any, BaseException | None]
+            answer: Answer
             try:
                 with undivided():
                     answer = (reply, act(), None)

@@ -35,7 +35,7 @@ from tests.conftest import Wall
 from tests.test_engine import WAIT, in_thread
 
 PACKAGE = str(Path(package.__file__).parent)
-HANG_SECONDS = float(os.environ.get("HANG", "10"))
+HANG_SECONDS = 10.0
 PLACES_EACH = 120  # tried by the plain test, for each piece
 KINDS = (SystemExit, KeyboardInterrupt, MemoryError)  # what may come from outside in earnest
 NEVER = Check("c", ("never",), 10**6)  # a check that fails

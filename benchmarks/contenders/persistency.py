@@ -97,7 +97,7 @@ def _get(store: Ours) -> Get:
 
 def _commit(store: Ours) -> PutOne:
     commit = store.job.commit
-    return lambda encoded, payload: commit(Put(CATEGORY, encoded, payload)).result()  # type: ignore[arg-type]
+    return lambda encoded, payload: commit(Put(CATEGORY, encoded, payload)).result()  # type: ignore[arg-type]  # as above
 
 
 def _aget(store: Ours) -> AwaitedGet:
@@ -107,7 +107,7 @@ def _aget(store: Ours) -> AwaitedGet:
 
 def _acommit(store: Ours) -> AwaitedPut:
     commit = store.job.commit
-    return lambda encoded, payload: commit(Put(CATEGORY, encoded, payload))  # type: ignore[arg-type]
+    return lambda encoded, payload: commit(Put(CATEGORY, encoded, payload))  # type: ignore[arg-type]  # as above
 
 
 def _post(store: Ours) -> PostSome:

@@ -18,13 +18,12 @@ from persistency.actor.bounds import Level
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import tell_if_unseen
+from persistency.actor.settling import Answer, tell_if_unseen
 from persistency.actor.tally import Tally
 from persistency.actor.waiters import Waiters
 from persistency.errors import Failure, PersistencyError, WriteFailed
 from persistency.storage.port import PLACES, Barrier, Failed, Group, ListChanges, SetRow, operations
 
-Answer = tuple[Reply[Any], Any, BaseException | None]
 NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
 
 

@@ -45,7 +45,7 @@ class Activation:
         slot: Slot | None,
     ) -> None:
         self.upkeep: Upkeep | None = None
-        self.slot = slot
+        self._slot = slot
         self._job_id = job_id
         self._mailbox = mailbox
         self._turns = turns
@@ -62,7 +62,7 @@ class Activation:
             self._clock.not_before(store.status().latest_ms)
             self.upkeep = Upkeep(self._job_id, store, self._mailbox, self._clock, self._sync_interval)
             self._turns.used_at = monotonic()
-            self._turns.serve_in_place(store, notes_use=self.slot is not None)
+            self._turns.serve_in_place(store, notes_use=self._slot is not None)
             self._tally.state = "live"
         except BaseException:
             self._close(tidy=False)
@@ -78,8 +78,8 @@ class Activation:
                 self._close(tidy=False)
             return error
         finally:
-            if self.slot is not None:
-                self.slot.give_back()
+            if self._slot is not None:
+                self._slot.give_back()
         return None
 
     def _close(self, *, tidy: bool) -> None:
@@ -103,14 +103,14 @@ class Activation:
 
     def may_rest(self) -> bool:
         """Say whether it is time to rest: somebody else needs the slot, or the job was left alone for long enough."""
-        slot = self.slot
+        slot = self._slot
         if slot is None or self._turns.store is None or not self.looks_idle:
             return False
         return slot.wanted() or (slot.idle_ttl is not None and monotonic() - self._turns.used_at >= slot.idle_ttl)
 
     def pause(self) -> float | None:
         """Return how many seconds it may be before there is something to look after; `None`: for ever."""
-        if self.slot is not None and self.slot.pressed() and self.looks_idle:
+        if self._slot is not None and self._slot.pressed() and self.looks_idle:
             return 0.0
         if self._mailbox.taken:
             self._mailbox.ring()  # so that the caller who has the turn rings when it is given back
@@ -118,9 +118,9 @@ class Activation:
         if self.upkeep is None or self._turns.poisoned:
             return None
         pauses = [self.upkeep.pause()]
-        if self.slot is not None and self.slot.idle_ttl is not None:
-            left = self._turns.used_at + self.slot.idle_ttl - monotonic()
-            pauses.append(left if left > 0 else self.slot.idle_ttl)  # something keeps it from resting
+        if self._slot is not None and self._slot.idle_ttl is not None:
+            left = self._turns.used_at + self._slot.idle_ttl - monotonic()
+            pauses.append(left if left > 0 else self._slot.idle_ttl)  # something keeps it from resting
         if (left_ms := self._turns.time_left_ms) is not None:
             pauses.append(max(0.1, left_ms / 1000))
         return min((pause for pause in pauses if pause is not None), default=None)

@@ -139,7 +139,7 @@ class Reply(Future[T]):
         try:
             raise self._exception
         finally:
-            # Or the traceback and the reply would keep each other alive.
+            # Or the traceback and the reply would keep each other alive; `self` is what the frame has of it.
             self = None  # type: ignore[assignment]  # noqa: PLW0642
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

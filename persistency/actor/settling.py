@@ -13,11 +13,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 from persistency.actor.reply import CANCELLED, FINISHED, PENDING, Line, Reply, Unseen, gate
 
 log = logging.getLogger("persistency.actor")
+
+# A reply, and what is to be its result or its exception.
+Answer: TypeAlias = tuple[Reply[Any], Any, BaseException | None]
 
 
 def new_reply() -> Reply[Any]:
@@ -48,7 +51,7 @@ def pending(line: Line, *, reads: bool) -> Reply[Any]:
     return reply
 
 
-def settle_all(answers: Iterable[tuple[Reply[Any], Any, BaseException | None]]) -> None:
+def settle_all(answers: Iterable[Answer]) -> None:
     """Settle a group of replies: each event loop among those who wait is woken once. A settled one stays as it is."""
     settled = []
     with gate:
@@ -65,9 +68,9 @@ class Debts:
     """Answers that are being given: in a forked child nobody else knows of the replies they are for."""
 
     def __init__(self) -> None:
-        self._answers: list[list[tuple[Reply[Any], Any, BaseException | None]]] = []
+        self._answers: list[list[Answer]] = []
 
-    def pay(self, answers: list[tuple[Reply[Any], Any, BaseException | None]]) -> None:
+    def pay(self, answers: list[Answer]) -> None:
         """Settle a group of replies, and forget it."""
         if answers:
             self._answers.append(answers)
@@ -102,88 +105,86 @@ def tell_if_unseen(reply: Reply[Any], error: BaseException, tell: Callable[[Base
 
 def _settle(replies: Collection[Reply[Any]], state: str) -> None:
     """Give replies their last state and wake everybody: first decide under the gate, then act outside of it."""
-    loops: dict[Any, list[Any]] = {}
-    called: deque[tuple[Reply[Any], Callable[[Any], object]]] = deque()
-    awaited: dict[Reply[Any], int] = {}
+    telling = _Telling(replies, state)
     try:
-        _decide(replies, state, loops, called, awaited)
-        _act(state, loops, called, awaited)
+        telling.decide()
+        telling.act()
     except BaseException:  # thrown into this thread from outside: whoever wasn't told yet is told now
-        _decide(replies, state, loops, called, awaited)
-        _act(state, loops, called, awaited)
+        telling.decide()
+        telling.act()
         raise
 
 
-def _decide(
-    replies: Iterable[Reply[Any]],
-    state: str,
-    loops: dict[Any, list[Any]],
-    called: deque[tuple[Reply[Any], Callable[[Any], object]]],
-    awaited: dict[Reply[Any], int],
-) -> None:
-    """Settle replies, or note down those that `concurrent.futures` waits for, with how many waiters are told."""
-    everybody = list(replies)
-    with gate:
-        for reply in everybody:
-            everybody += reply._followers or ()
-            if reply._state == PENDING and reply._made_condition is not None:
-                awaited.setdefault(reply, 0)
-            else:
-                _enter(reply, state, loops, called)
+class _Telling:
+    """Replies on their way to their last state, and who is still to be told of it.
 
+    What is thrown into this thread from outside comes with a call: each step may be the last, and is done again.
+    """
 
-def _act(
-    state: str,
-    loops: dict[Any, list[Any]],
-    called: deque[tuple[Reply[Any], Callable[[Any], object]]],
-    awaited: dict[Reply[Any], int],
-) -> None:
-    """Wake who was noted down; each is crossed out only then."""
-    for reply, told in list(awaited.items()):
+    __slots__ = ("_awaited", "_called", "_loops", "_replies", "_state")
+
+    def __init__(self, replies: Collection[Reply[Any]], state: str) -> None:
+        self._replies = replies
+        self._state = state
+        self._loops: dict[Any, list[Any]] = {}
+        self._called: deque[tuple[Reply[Any], Callable[[Any], object]]] = deque()
+        self._awaited: dict[Reply[Any], int] = {}  # how many of a reply's waiters are told
+
+    def decide(self) -> None:
+        """Settle the replies, or note down those that `concurrent.futures` waits for."""
+        everybody = list(self._replies)
+        with gate:
+            for reply in everybody:
+                everybody += reply._followers or ()
+                if reply._state == PENDING and reply._made_condition is not None:
+                    self._awaited.setdefault(reply, 0)
+                else:
+                    self._enter(reply)
+
+    def act(self) -> None:
+        """Wake who was noted down; each is crossed out only then."""
+        for reply, told in list(self._awaited.items()):
+            self._tell_waiters(reply, told)
+            del self._awaited[reply]
+        for loop, futures in self._loops.items():  # a second time, if it must be, does no harm
+            try:
+                loop.call_soon_threadsafe(_wake, futures)
+            except RuntimeError:  # The loop was closed under its waiters; there is nobody left to tell.
+                log.debug("%d replies came after their event loop was closed", len(futures))
+        called = self._called
+        while called:
+            reply, fn = called[0]
+            reply._call(fn)
+            called.popleft()
+
+    def _tell_waiters(self, reply: Reply[Any], told: int) -> None:
         # `concurrent.futures.wait` counts under the condition, so the state may only change under it too.
         condition = reply._condition
         with condition:
             with gate:
                 for follower in reply._followers or ():  # those that came while the condition was waited for
                     if follower._made_condition is None:
-                        _enter(follower, state, loops, called)
-                _enter(reply, state, loops, called)
+                        self._enter(follower)
+                self._enter(reply)
             for waiter in reply._made_waiters[told:]:  # who is told twice counts wrongly
-                (waiter.add_cancelled if state == CANCELLED else waiter.add_result)(reply)
-                awaited[reply] += 1
+                (waiter.add_cancelled if self._state == CANCELLED else waiter.add_result)(reply)
+                self._awaited[reply] += 1
             condition.notify_all()
-        del awaited[reply]
-    for loop, futures in loops.items():  # a second time, if it must be, does no harm
-        try:
-            loop.call_soon_threadsafe(_wake, futures)
-        except RuntimeError:  # The loop was closed under its waiters; there is nobody left to tell.
-            log.debug("%d replies came after their event loop was closed", len(futures))
-    while called:
-        reply, fn = called[0]
-        reply._call(fn)
-        called.popleft()
 
-
-def _enter(
-    reply: Reply[Any],
-    state: str,
-    loops: dict[Any, list[Any]],
-    called: deque[tuple[Reply[Any], Callable[[Any], object]]],
-) -> None:
-    """Move a pending reply to its last state and note down whom to wake. The gate is held."""
-    if reply._state != PENDING and reply._line is None:
-        return
-    reply._state = state
-    # What is thrown into this thread from outside comes with a call: each step may be the last, and is done again.
-    for loop, future in reply._loops or ():
-        loops.setdefault(loop, []).append(future)
-    if reply._callbacks:
-        called += [(reply, fn) for fn in reply._callbacks]
-        reply._callbacks = None
-    for bell in reply._bells or ():
-        if bell.locked():
-            bell.release()
-    reply._line = None
+    def _enter(self, reply: Reply[Any]) -> None:
+        """Move a pending reply to its last state and note down whom to wake. The gate is held."""
+        if reply._state != PENDING and reply._line is None:
+            return
+        reply._state = self._state
+        for loop, future in reply._loops or ():
+            self._loops.setdefault(loop, []).append(future)
+        if reply._callbacks:
+            self._called += [(reply, fn) for fn in reply._callbacks]
+            reply._callbacks = None
+        for bell in reply._bells or ():
+            if bell.locked():
+                bell.release()
+        reply._line = None
 
 
 def _wake(futures: list[Any]) -> None:

@@ -24,11 +24,11 @@ from collections.abc import Callable
 from time import monotonic, perf_counter
 from typing import Any, TypeVar
 
-from persistency.actor.accounts import Accounts, Answer
+from persistency.actor.accounts import Accounts
 from persistency.actor.clock import Clock
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import fill, new_reply, pending, ready, settle_all
+from persistency.actor.settling import Answer, fill, new_reply, pending, ready, settle_all
 from persistency.actor.tally import Tally
 from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, Corrupt, Poisoned, StorageError

@@ -18,10 +18,9 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from persistency.actor.accounts import Answer
 from persistency.actor.clock import Clock
 from persistency.actor.mailbox import Mailbox
-from persistency.actor.settling import settle_all
+from persistency.actor.settling import Answer, settle_all
 from persistency.actor.turns import Harm, Turns
 from persistency.errors import Corrupt, StorageError
 from persistency.storage.port import Barrier, Checkpointing, OutcomeUnknown, Store

@@ -16,11 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from persistency.actor.reply import Reply
-from persistency.actor.settling import cancel, settle_all
+from persistency.actor.settling import Answer, cancel, settle_all
 from persistency.errors import Closed, Overloaded, StorageError
 from persistency.storage.port import Failed, ListChanges
-
-Answer = tuple[Reply[Any], Any, BaseException | None]
 
 
 class Waiters:

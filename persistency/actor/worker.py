@@ -19,13 +19,13 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
-from persistency.actor.accounts import Accounts, Answer, NameOps
+from persistency.actor.accounts import Accounts, NameOps
 from persistency.actor.activation import Activation
 from persistency.actor.clock import Clock
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import Debts, pending, ready, settle_all
+from persistency.actor.settling import Answer, Debts, pending, ready, settle_all
 from persistency.actor.slot import Slot
 from persistency.actor.tally import Statistics, Tally
 from persistency.actor.turns import Harm, Turns
@@ -280,7 +280,7 @@ class Worker:
         again = True
         while again and not self._ended:
             taken: list[Group] = []
-            if not self._in_turn(lambda answers: self._turn(taken, answers), patience):  # noqa: B023  # called at once
+            if not self._in_turn(partial(self._turn, taken), patience):
                 return
             upkeep = self.activation.upkeep
             while upkeep is not None and not self.turns.poisoned and (step := upkeep.next_step(reaps=not self._over)):

@@ -49,6 +49,25 @@ class Statements(NamedTuple):
     changes: str
 
 
+class Rows(NamedTuple):
+    """Rows in the order of arrival; `ends` are their expiries, where some have one.
+
+    `before` is the version before the first one's.
+    """
+
+    categories: Sequence[bytes]
+    keys: Sequence[bytes]
+    payloads: Sequence[bytes]
+    ends: Sequence[int | None] | None
+    before: int
+
+    def part(self, at: int, count: int) -> Rows:
+        """Return so many rows from a place on."""
+        some = slice(at, at + count)
+        ends = None if self.ends is None else self.ends[some]
+        return Rows(self.categories[some], self.keys[some], self.payloads[some], ends, self.before + at)
+
+
 class Chunk(NamedTuple):
     """Rows that one statement takes."""
 
@@ -113,70 +132,41 @@ def _in_order(keys: Sequence[bytes]) -> bool:
     return all(map(le, keys, islice(keys, 1, None)))
 
 
-def chunks(
-    categories: Sequence[bytes],
-    keys: Sequence[bytes],
-    payloads: Sequence[bytes],
-    ends: Sequence[int | None] | None,
-    before: int,
-) -> Iterator[Chunk]:
-    """Give rows, in the order of arrival, as chunks to be written; `before` is the version before the first one's."""
-    count = len(keys)
-    size = (sum(map(len, keys)) + sum(map(len, payloads))) // count + 1
+def chunks(rows: Rows) -> Iterator[Chunk]:
+    """Give rows as chunks to be written."""
+    count = len(rows.keys)
+    size = (sum(map(len, rows.keys)) + sum(map(len, rows.payloads))) // count + 1
     step = min(max(1, TOGETHER_BYTES_MAX // size), TOGETHER_ROWS_MAX)
     if count <= SORT_ROWS_MAX:
-        yield from _chunks(categories, keys, payloads, ends, before, step)
-        return
-    for at in range(0, count, SORT_ROWS_MAX):
-        part = slice(at, at + SORT_ROWS_MAX)
-        yield from _chunks(
-            categories[part], keys[part], payloads[part], None if ends is None else ends[part], before + at, step
-        )
+        yield from _chunks(rows, step)
+    else:
+        for at in range(0, count, SORT_ROWS_MAX):
+            yield from _chunks(rows.part(at, SORT_ROWS_MAX), step)
 
 
-def _chunks(
-    categories: Sequence[bytes],
-    keys: Sequence[bytes],
-    payloads: Sequence[bytes],
-    ends: Sequence[int | None] | None,
-    before: int,
-    step: int,
-) -> Iterator[Chunk]:
-    count = len(keys)
-    if categories.count(categories[0]) < count or (count >= SORT_ROWS_MIN and not _in_order(keys)):
-        yield from _sorted(categories, keys, payloads, ends, before, step)
+def _chunks(rows: Rows, step: int) -> Iterator[Chunk]:
+    count = len(rows.keys)
+    one_category = rows.categories.count(rows.categories[0]) == count
+    if not one_category or (count >= SORT_ROWS_MIN and not _in_order(rows.keys)):
+        yield from _sorted(rows, step)
     elif count <= step:
-        yield _as_they_came(categories[0], keys, payloads, ends, before)
+        yield _as_they_came(rows)
     else:
         for at in range(0, count, step):
-            part = slice(at, at + step)
-            yield _as_they_came(
-                categories[0], keys[part], payloads[part], None if ends is None else ends[part], before + at
-            )
+            yield _as_they_came(rows.part(at, step))
 
 
-def _as_they_came(
-    category: bytes,
-    keys: Sequence[bytes],
-    payloads: Sequence[bytes],
-    ends: Sequence[int | None] | None,
-    before: int,
-) -> Chunk:
+def _as_they_came(rows: Rows) -> Chunk:
+    categories, keys, payloads, ends, before = rows
     parts: list[Iterable[bytes]] = [map(_LENGTHS.__getitem__, map(len, keys)), keys, payloads]
     if ends is not None:
         parts.insert(1, map(_ENDS.__getitem__, ends))
     blobs = tuple(map(b"".join, zip(*parts, strict=True)))
-    return Chunk(_STATEMENTS[False, ends is not None], category, before, apsw.carray(blobs), len(blobs))
+    return Chunk(_STATEMENTS[False, ends is not None], categories[0], before, apsw.carray(blobs), len(blobs))
 
 
-def _sorted(
-    categories: Sequence[bytes],
-    keys: Sequence[bytes],
-    payloads: Sequence[bytes],
-    ends: Sequence[int | None] | None,
-    before: int,
-    step: int,
-) -> Iterator[Chunk]:
+def _sorted(rows: Rows, step: int) -> Iterator[Chunk]:
+    categories, keys, payloads, ends, before = rows
     statements = _STATEMENTS[True, ends is not None]
     # Twice stable: by key, then by category. Of equal keys the later row stays the later one, and wins.
     order = sorted(range(len(keys)), key=keys.__getitem__)

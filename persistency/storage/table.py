@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import apsw
 
 from persistency.errors import Conflict, Corrupt, Misuse, QuotaExceeded
-from persistency.storage.bulk import CARRAY, UPSERT, chunks
+from persistency.storage.bulk import CARRAY, UPSERT, Rows, chunks
 from persistency.storage.changes import DROPPED, ENDED, Changes
 from persistency.storage.port import (
     CountRange,
@@ -194,7 +194,7 @@ class Table:
                 row = categories[at], keys[at], payloads[at], before + at + 1
                 self._write_one(row, None if ends is None else ends[at])
             return
-        for chunk in chunks(categories, keys, payloads, ends, before):
+        for chunk in chunks(Rows(categories, keys, payloads, ends, before)):
             self.execute(chunk.statements.rows, (chunk.category, chunk.before, chunk.array))
             if self.changes is not None:
                 self.changes.add_chunk(chunk)
