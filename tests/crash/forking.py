@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -789,8 +790,9 @@ def situation(name: str, root: Path, persistency: Persistency, job: Job) -> Iter
 SITUATIONS = (
     "nothing", "reading", "reader", "backup", "check", "export", "run", "opening", "closing", "restoring", "dropping",
 )  # fmt: skip
-# In these something is in the middle of using the job's file, and can't be given up: the child is refused that file.
-REFUSED = ("backup", "check", "run", "opening", "closing")
+# In these something is in the middle of using a file, for longer than a fork waits: the child is refused the job's file,
+# for who is inside SQLite may hold what all of its connections need.
+REFUSED = ("backup", "check", "run", "opening", "closing", "dropping")
 FLUSHED = 3_000
 
 
@@ -806,13 +808,18 @@ def outlive(root: Path, name: str, end: str) -> list[str]:
     job.flush().result(WAIT)
     gone, living = os.pipe()
     read, write = os.pipe()
+    parent = os.getpid()
     with situation(name, root, persistency, job):
         pid = os.fork()
         if pid == 0:
             os.close(living)
             if end == "killed":  # nobody is left to watch it
                 faulthandler.dump_traceback_later(CHILD_SECONDS, exit=True)
+                died = os.pidfd_open(parent)
                 os.read(gone, 1)
+                # The pipe may be closed before its locks are given back: they are when the process is a zombie.
+                select.select([died], [], [])
+                os.close(died)
                 _tell(_told(_inherit(root, may_be_refused=name in REFUSED)))
                 os.kill(os.getpid(), signal.SIGKILL)
             os.read(gone, 1)
