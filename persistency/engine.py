@@ -11,13 +11,12 @@ Doesn't know: how a job is run, or stored.
 from __future__ import annotations
 
 import contextlib
-import secrets
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import fields
-from os import PathLike, fspath
+from os import PathLike, fspath, urandom
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +35,6 @@ from persistency.registry import Opener, Site
 from persistency.slots import Slots
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.files import real_root
-from persistency.storage.memory import MemoryRoot
 from persistency.storage.port import Durability
 from persistency.storage.reading import SqliteReader
 from persistency.sweeps import Sweeping
@@ -53,6 +51,8 @@ def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
     if not isinstance(root, str | PathLike) or not isinstance(fspath(root), str):
         raise Misuse(f"root must be a path, not {type(root).__name__}: pass a directory, or ':memory:'")
     if root == MEMORY:
+        from persistency.storage.memory import MemoryRoot  # only here: hardly any service has it
+
         return Site(MemoryRoot()), None
     if not root:
         raise Misuse("root is empty: pass a directory, or ':memory:'")
@@ -208,7 +208,7 @@ class Persistency(Sweeping, Reading):
         given.pop("self", None)
         given = checked(given)
         self._check_open()
-        job_id = secrets.token_hex(12) if job_id is None else job_id
+        job_id = urandom(12).hex() if job_id is None else job_id
         while True:
             job = yield from self._site.open(job_id, given, self._opener)
             with self._lock:

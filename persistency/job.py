@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
-from persistency import care, messages, outside, transfer
+from persistency import care, messages, outside
 from persistency.actor.bounds import Bounds
 from persistency.actor.errand import Progress, Steps, errand
 from persistency.actor.mailbox import Mailbox
@@ -229,6 +229,8 @@ class Job(Reads):
         self._check_outside()
         self._mailbox.check()
         target = outside.as_target(file, "file", self.path)
+        from persistency import transfer  # only here: it brings along what makes checksums
+
         steps = transfer.exported(self.id, lambda: self._mailbox, self._now_ms, target)
         return self._errand("export", steps, as_progress(progress))
 
@@ -242,6 +244,8 @@ class Job(Reads):
         self._check_outside()
         self._mailbox.check()
         source = outside.as_source(file, "file")
+        from persistency import transfer  # as above
+
         steps = transfer.imported(lambda: self._mailbox, self._now_ms, source)
         return self._errand("import", steps, as_progress(progress))
 

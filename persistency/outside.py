@@ -16,7 +16,6 @@ import inspect
 import io
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +132,7 @@ def _write_all(file: Any, data: bytes) -> None:
 @contextmanager
 def _published(path: Path) -> Iterator[io.RawIOBase]:
     _check_replaceable(path)
-    draft = path.with_name(f".{path.name[:_NAME_CHARS_MAX]}.{secrets.token_hex(8)}.tmp")
+    draft = path.with_name(f".{path.name[:_NAME_CHARS_MAX]}.{os.urandom(8).hex()}.tmp")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     owner = os.getpid()
     try:

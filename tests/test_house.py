@@ -104,6 +104,7 @@ FLOORS = [
     "storage.memory",
     "storage.memory_rows",
     "storage.files",
+    "storage.names",
     "storage.openings",
     "storage.port",
     "storage.verbs",
@@ -261,6 +262,31 @@ def test_importing_the_package_brings_in_only_its_two_dependencies() -> None:
     foreign = tops - set(sys.stdlib_module_names) - {"persistency"}
     assert foreign <= {"apsw", "cbor2", "_cbor2"}, foreign
     assert "asyncio" not in tops
+
+
+def test_importing_the_package_brings_in_no_view_and_nothing_slow() -> None:
+    """What a service that only opens jobs has no use for is imported when it is asked for; no name is missing."""
+    program = """
+import sys, persistency
+print(*sorted(sys.modules))
+everything = {name: getattr(persistency, name) for name in persistency.__all__}
+assert set(persistency.__all__) <= set(dir(persistency))
+from persistency import *
+assert all(globals()[name] is value for name, value in everything.items())
+assert persistency.Category.__module__ == "persistency.category"
+try:
+    persistency.Categories
+except AttributeError as error:
+    assert "Categories" in str(error)
+else:
+    raise AssertionError
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60, cwd=HOUSE.parent
+    )
+    views = {"category", "coding", "codec.objects", "codec.records", "mapping", "feed", "kvstore", "shared", "transfer"}
+    slow = {f"persistency.{view}" for view in views} | {"hashlib", "random", "tempfile", "persistency.storage.memory"}
+    assert not slow & set(found.stdout.split())
 
 
 def test_words_that_never_stay() -> None:

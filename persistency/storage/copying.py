@@ -19,7 +19,6 @@ import errno
 import logging
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -232,7 +231,7 @@ def _is_damage(error: BaseException) -> bool:
 def _beside(target: Path) -> Iterator[Path]:
     """Give an empty temporary file beside the target, which is gone afterwards, whatever happens."""
     short = target.name if len(os.fsencode(target.name)) <= NAME_BYTES_MAX else target.name[: NAME_BYTES_MAX // 4]
-    path = target.with_name(f".{short}.{secrets.token_hex(8)}.tmp")
+    path = target.with_name(f".{short}.{os.urandom(8).hex()}.tmp")
     owner = os.getpid()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

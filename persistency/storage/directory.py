@@ -18,6 +18,7 @@ import apsw
 
 from persistency.errors import Corrupt, Misuse, Unavailable
 from persistency.storage import copying, files, schema, strangers
+from persistency.storage.names import file_name, job_id_of
 from persistency.storage.port import StoredJob, StoreOptions
 from persistency.storage.sqlite import SqliteStore
 
@@ -33,7 +34,7 @@ class DirectoryRoot:
 
     def path(self, job_id: str) -> Path:
         """Return the file of a job, existing or not."""
-        return self.directory / files.file_name(job_id)
+        return self.directory / file_name(job_id)
 
     def open(self, job_id: str, options: StoreOptions) -> SqliteStore:
         """Open a job's file and take ownership of it."""
@@ -127,7 +128,7 @@ class DirectoryRoot:
             raise Unavailable(f"can't list the root {str(self.directory)!r}: {error}") from error
         jobs = []
         for name in names:
-            job_id = files.job_id_of(name)
+            job_id = job_id_of(name)
             path = self.directory / name
             if job_id is not None and (size := files.size(path)) is not None:
                 record = files.read_record(path.with_suffix(".lock"))

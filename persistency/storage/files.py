@@ -1,15 +1,13 @@
-"""A job's files: names that can't escape, modes whatever the umask, links refused, one owner at a time.
+"""A job's files: modes whatever the umask, links refused, one owner at a time.
 
 For a job id there are, side by side in the root, `<name>.db`, SQLite's own `<name>.db-wal`, `-shm` and `-journal`,
 and `<name>.lock`, which carries the owner's OS lock and a record: its process id, the last version known to be on the
 medium, when the job was last used, and when it ends.
 
 Rules:
-  1. `<name>` keeps `[a-z0-9_-]` and inner dots; every other byte of the id's UTF-8 is `%XX`. So two ids never
-     meet in one file, also where names ignore case; a name that some systems reserve gets its first byte escaped.
-  2. The lock is a file of its own: closing any descriptor of a database file drops SQLite's POSIX locks.
-  3. The lock file also says what was on the medium when it was last looked: less than that is a loss, and is told.
-  4. Nothing that isn't a regular file with one name is ever opened, and nothing of a job's is opened by `open()`
+  1. The lock is a file of its own: closing any descriptor of a database file drops SQLite's POSIX locks.
+  2. The lock file also says what was on the medium when it was last looked: less than that is a loss, and is told.
+  3. Nothing that isn't a regular file with one name is ever opened, and nothing of a job's is opened by `open()`
      while a connection may be using it.
 
 Doesn't know: SQL, threads, what is in the files.
@@ -26,65 +24,20 @@ import weakref
 from pathlib import Path
 from time import time_ns
 from typing import NamedTuple
-from urllib.parse import unquote_to_bytes
 from zlib import crc32
 
 from persistency.errors import Corrupt, JobLocked, Misuse, Unavailable
+from persistency.storage.names import job_id_of
 from persistency.storage.openings import undisturbed
 
-FILE_NAME_BYTES_MAX = 200
 LOG = "-wal"
 SIDECARS = (LOG, "-shm", "-journal")
 _RECORD_BYTES_MAX = 128
 _TICK_NS = 100_000_000
 
-_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
-_RESERVED = frozenset(
-    ["con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in "0123456789")]
-)
-
 
 # In a forked child these are the parent's, and stay so however long the child lives.
 _claims: weakref.WeakSet[Claim] = weakref.WeakSet()
-
-
-def file_name(job_id: str) -> str:
-    """Return the name of a job's database file, with its `.db`.
-
-    Raises `Misuse` for an id that isn't text, is empty, can't be written as UTF-8, or gives too long a name.
-    """
-    if not isinstance(job_id, str):
-        raise Misuse(f"job_id must be a str, not {type(job_id).__name__}: pass the id as text")
-    if not job_id:
-        raise Misuse("job_id is empty: pass a text of at least one character, or none for a fresh id")
-    try:
-        data = job_id.encode()
-    except UnicodeEncodeError as error:
-        raise Misuse(f"job_id {job_id!r} holds a lone surrogate: pass text that can be written as UTF-8") from error
-    last = len(data) - 1
-    name = "".join(
-        chr(byte) if byte in _PLAIN or (byte == 0x2E and 0 < place < last) else f"%{byte:02X}"
-        for place, byte in enumerate(data)
-    )
-    if name.partition(".")[0] in _RESERVED:
-        name = f"%{data[0]:02X}{name[1:]}"
-    if len(name) + 3 > FILE_NAME_BYTES_MAX:
-        raise Misuse(
-            f"job_id is too long: its file name would have {len(name) + 3} bytes, at most {FILE_NAME_BYTES_MAX} are "
-            "allowed (every byte outside [a-z0-9_-] takes three): pass a shorter id, or a hash of it"
-        )
-    return name + ".db"
-
-
-def job_id_of(name: str) -> str | None:
-    """Return the id whose file is called `name`, or `None` if that is no job's file."""
-    if not name.endswith(".db"):
-        return None
-    try:
-        job_id = unquote_to_bytes(name[:-3]).decode()
-        return job_id if file_name(job_id) == name else None
-    except (UnicodeDecodeError, Misuse):
-        return None
 
 
 def real_root(root: str | os.PathLike[str]) -> Path:

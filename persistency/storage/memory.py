@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from persistency.errors import Conflict, Misuse, QuotaExceeded
-from persistency.storage.files import file_name
 from persistency.storage.memory_rows import Accounts, AccountsMark, Row, Rows, Table, live
+from persistency.storage.names import file_name
 from persistency.storage.port import (
     PLACES,
     READS,

@@ -28,8 +28,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable
 from itertools import chain
@@ -217,6 +215,9 @@ def _look_first(path: Path, vfs: str | None) -> None:
             recognise(connection, path)
     except (apsw.NotADBError, apsw.CorruptError):
         # A power cut may have torn the first page while it was written: what counts is what the journal makes of it.
+        import shutil  # only here: hardly anybody gets here
+        import tempfile
+
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / path.name
             for file in (path, path.with_name(path.name + "-journal")):

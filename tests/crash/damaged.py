@@ -78,7 +78,7 @@ from persistency import (
     key,
 )
 from persistency.reads import Reads
-from persistency.storage.files import file_name
+from persistency.storage.names import file_name
 from tests.crash.kills import fork
 
 REPLY_SECONDS = 10.0

@@ -21,6 +21,7 @@ from persistency.errors import Corrupt, JobLocked, Misuse, PersistencyError, Sto
 from persistency.storage import files
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.memory import MemoryRoot
+from persistency.storage.names import file_name, job_id_of
 from persistency.storage.port import StoreOptions
 from tests.storage.conftest import Owner, contents, run_child
 
@@ -74,7 +75,7 @@ def random_ids(count: int) -> Iterator[str]:
 
 def check_name(job_id: str, name: str) -> None:
     """Hold everything a file name must be."""
-    assert files.job_id_of(name) == job_id
+    assert job_id_of(name) == job_id
     assert name.isascii()
     assert name.isprintable()
     assert not set(name) & set("/\\:*?\"<>|\0 ~'`$&;")
@@ -89,7 +90,7 @@ def check_name(job_id: str, name: str) -> None:
 
 def test_names_of_the_corpus_round_trip_and_never_meet() -> None:
     """Every id has a name of its own, also where case is ignored; the name is harmless everywhere."""
-    names = [files.file_name(job_id) for job_id in IDS]
+    names = [file_name(job_id) for job_id in IDS]
     for job_id, name in zip(IDS, names, strict=True):
         check_name(job_id, name)
     assert len({name.casefold() for name in names}) == len(set(IDS)) == len(IDS)
@@ -99,7 +100,7 @@ def test_names_of_random_ids_round_trip_and_never_meet() -> None:
     """10,000 random ids have as many names, also where case is ignored, and every name gives its id back."""
     named: dict[str, str] = {}
     for job_id in random_ids(10_000):
-        name = files.file_name(job_id)
+        name = file_name(job_id)
         check_name(job_id, name)
         assert named.setdefault(name.casefold(), job_id) == job_id
 
@@ -107,26 +108,26 @@ def test_names_of_random_ids_round_trip_and_never_meet() -> None:
 @given(st.text(min_size=1, max_size=16, alphabet=st.characters(codec="utf-8")))
 def test_any_text_round_trips(job_id: str) -> None:
     """Any text that fits has a name that gives it back."""
-    check_name(job_id, files.file_name(job_id))
+    check_name(job_id, file_name(job_id))
 
 
 @given(st.text(alphabet="aA%41e.2E0/dbDB\xe9", max_size=12))
 def test_only_our_own_names_are_jobs(stem: str) -> None:
     """A file name is a job's only if it is exactly the name that its id has."""
     for name in (stem, stem + ".db"):
-        job_id = files.job_id_of(name)
-        assert job_id is None or files.file_name(job_id) == name
+        job_id = job_id_of(name)
+        assert job_id is None or file_name(job_id) == name
 
 
 @pytest.mark.parametrize(
     "name",
     [".db", "a.db-wal", "a.db-shm", "a.db-journal", "a.lock", "a.DB", "A.db", "%61.db", "%4a.db", "con.db",
     "%FF.db", "%.db",
-     "%4.db", ".a.db", "a..db", "a b.db", "é.db", "a", "", "db", "%2.db", "a" * 198 + ".db"],
+     "%4.db", ".a.db", "a..db", "a b.db", "é.db", "a", "", "db", "%2.db", "a" * 198 + ".db", os.fsdecode(b"\xff.db")],
 )  # fmt: skip
 def test_other_names_are_nobodys(name: str) -> None:
     """What no id is called is no job's file."""
-    assert files.job_id_of(name) is None
+    assert job_id_of(name) is None
 
 
 def test_readable_ids_stay_readable() -> None:
@@ -137,23 +138,23 @@ def test_readable_ids_stay_readable() -> None:
         "a/b": "a%2Fb.db", "é": "%C3%A9.db", "con": "%63on.db", "com1.x": "%63om1.x.db", "a%b": "a%25b.db",
         "\0": "%00.db",
     }  # fmt: skip
-    assert {job_id: files.file_name(job_id) for job_id in expected} == expected
+    assert {job_id: file_name(job_id) for job_id in expected} == expected
 
 
 def test_the_length_limit_is_exact() -> None:
     """A name of 200 bytes with its `.db` is taken, one of 201 is `Misuse` that says how long it would be."""
-    assert len(files.file_name("a" * 197)) == 200
-    assert len(files.file_name("a" * 2 + "%" * 65)) == 200
+    assert len(file_name("a" * 197)) == 200
+    assert len(file_name("a" * 2 + "%" * 65)) == 200
     with pytest.raises(Misuse, match="201 bytes"):
-        files.file_name("a" * 198)
+        file_name("a" * 198)
     with pytest.raises(Misuse, match="201 bytes"):
-        files.file_name("%" * 66)
+        file_name("%" * 66)
 
 
 @pytest.mark.parametrize("job_id", [*TOO_LONG, "", "\ud800", "a\udfffb", None, b"alpha", 7, 1.5, ("a",), Path("a")])
 def test_bad_ids_are_misuse(job_id: Any, root: DirectoryRoot) -> None:
     """An id that is empty, too long, not text, or not writable as UTF-8 is `Misuse` everywhere, and makes no file."""
-    for ask in (files.file_name, root.path, root.drop, lambda bad: root.open(bad, OPTIONS), MemoryRoot().path,
+    for ask in (file_name, root.path, root.drop, lambda bad: root.open(bad, OPTIONS), MemoryRoot().path,
                 MemoryRoot().drop, lambda bad: MemoryRoot().open(bad, OPTIONS)):  # fmt: skip
         with pytest.raises(Misuse, match="job_id"):
             ask(job_id)
@@ -189,6 +190,7 @@ def test_stored_tells_the_jobs_and_their_sizes(root: DirectoryRoot) -> None:
     place = root.directory
     (place / "notes.txt").write_text("mine")
     (place / "Z.db").write_text("no job is called so")
+    Path(os.fsdecode(os.fsencode(place) + b"/\xff.db")).write_text("nor so, for this is no UTF-8")
     (place / "link.db").symlink_to(place / "b.db")
     (place / "folder.db").mkdir()
     os.mkfifo(place / "pipe.db")
