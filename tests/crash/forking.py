@@ -790,7 +790,7 @@ def situation(name: str, root: Path, persistency: Persistency, job: Job) -> Iter
 SITUATIONS = (
     "nothing", "reading", "reader", "backup", "check", "export", "run", "opening", "closing", "restoring", "dropping",
 )  # fmt: skip
-# In these something is in the middle of using a file, for longer than a fork waits: the child is refused the job's file,
+# In these something is in the middle of using a file, for longer than a fork waits: the child is refused the job's,
 # for who is inside SQLite may hold what all of its connections need.
 REFUSED = ("backup", "check", "run", "opening", "closing", "dropping")
 FLUSHED = 3_000
