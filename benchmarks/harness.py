@@ -3,7 +3,8 @@
 Rules:
   1. Repetitions are interleaved (A B C A B C ...), so that a slow minute of the machine hits all of them; ratios are
      made within one repetition only.
-  2. Every measurement has a directory of its own, which is gone afterwards.
+  2. Every measurement has a directory of its own, which is gone afterwards; where a store grows, all of one contender's
+     in one repetition.
   3. Where many short calls are measured, the median of ten parts stands for a repetition; where the work goes on
      behind the calls, as that of puts does, the whole does.
   4. The garbage collector is treated the same for all: what was made ready is collected and frozen beforehand, then
@@ -18,9 +19,11 @@ import asyncio
 import gc
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
@@ -36,7 +39,8 @@ PARTS = 10
 class Sample:
     """One measurement, in microseconds per operation; the percentiles where calls were timed one by one.
 
-    `per_second` is the pace that was kept, where the case asks for one.
+    `per_second` is the pace that was kept, where the case asks for one. `more` is what else was measured, by its name
+    with the unit.
     """
 
     operations: int
@@ -44,6 +48,7 @@ class Sample:
     p50_us: float | None = None
     p99_us: float | None = None
     per_second: float | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,8 @@ class Case:
     """What is measured: `run(contender, way, workload, directory)` gives a `Sample` of every way that does the task.
 
     `tasks` are tried in order: the first one a contender has ways for is measured. `left_out` says why the case can't
-    run, or `None`.
+    run, or `None`. `rows` is how many an operation is about, if they are many. `one_directory`: all ways of a
+    contender share a directory, each beginning with what the one before has left.
     """
 
     name: str
@@ -59,6 +65,8 @@ class Case:
     tasks: tuple[str, ...]
     run: Callable[[Contender, Way, Workload, Path], Sample]
     left_out: Callable[[], str | None] = lambda: None
+    rows: int = 1
+    one_directory: bool = False
 
     def ways(self, contender: Contender) -> list[Way]:
         """Return the ways of a contender that this case measures."""
@@ -88,6 +96,11 @@ class Series:
         found = [value for value in (getattr(sample, name) for sample in self.samples) if value is not None]
         return median(found) if found else None
 
+    def besides(self) -> dict[str, float]:
+        """Return the medians of what else was measured, by name."""
+        names = dict.fromkeys(name for sample in self.samples for name in sample.more)
+        return {name: median(sample.more[name] for sample in self.samples if name in sample.more) for name in names}
+
 
 def run_case(
     case: Case,
@@ -101,12 +114,15 @@ def run_case(
     """Measure a case with all contenders that can do it, `repeat` times in turn."""
     pairs = [(contender, way) for contender in contenders for way in case.ways(contender)]
     series = [Series(case.name, contender.name, way.label) for contender, way in pairs]
+    places = [contender.name if case.one_directory else str(at) for at, (contender, _way) in enumerate(pairs)]
+    turns = list(zip(places, pairs, series, strict=True))
     for _ in range(repeat):
-        for (contender, way), one in zip(pairs, series, strict=True):
-            step(f"{case.name}: {contender.name}, {way.label}")
+        for _place, turn in groupby(turns, key=itemgetter(0)):
             directory = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
             try:
-                one.samples.append(case.run(contender, way, workload, directory))
+                for _, (contender, way), one in turn:
+                    step(f"{case.name}: {contender.name}, {way.label}")
+                    one.samples.append(case.run(contender, way, workload, directory))
             finally:
                 shutil.rmtree(directory)
     return series

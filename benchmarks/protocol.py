@@ -12,7 +12,18 @@ A contender offers *ways* of doing *tasks*. A way's `make(store)` returns the fu
 | aget    | `(key) -> awaitable payload`                                                                       |
 | acommit | `(key, payload) -> awaitable`, which ends when the row is committed                                |
 | post    | `(rows) -> awaitable int`: hands a few rows over, ends when there is room for more; how many it took |
+| put-object | `(rows) -> None`: as put, with objects in the place of payloads                              |
+| get-object | `(key) -> object`                                                                           |
+| put-durable, commit-durable | as put and commit, at the level of durability the way says               |
+| get-many | `(keys) -> dict of payloads by key`: of some distinct keys, handed over as a tuple           |
+| iterate | `() -> iterable of (key, payload)`, in key order, of all rows                                      |
 | scan    | `(prefix) -> iterable of (key, payload)`, in key order, of all rows whose key begins with `prefix` |
+| put-spinning, get-spinning, scan-spinning | as put, get and scan, while as many threads spin as the way says  |
+| get-producer, aget-producer | as get and aget, while another thread calls what the way's `producer` makes      |
+| queue   | `(rows) -> context`: inside it all rows wait in memory, and when it has ended they are committed    |
+| open    | `(directory, live_max) -> jobs`, several stores, each with its name; `live_max` is `None`          |
+| evict   | the same with a `live_max`: at most so many are live at once                                       |
+| import  | `() -> str`, the name of the module that a fresh interpreter imports                               |
 | encode  | `(parts) -> list of bytes`: the keys of the tuple layer for many pairs of a text and a number       |
 
 Rules:
@@ -26,7 +37,8 @@ Doesn't know: how anything is measured.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -38,7 +50,13 @@ Get: TypeAlias = Callable[[bytes], bytes | None]
 AwaitedGet: TypeAlias = Callable[[bytes], Awaitable[bytes | None]]
 AwaitedPut: TypeAlias = Callable[[bytes, bytes], Awaitable[object]]
 PostSome: TypeAlias = Callable[[Sequence[Pair]], Awaitable[int]]
+Object: TypeAlias = Any
+PutObjects: TypeAlias = Callable[[Sequence[tuple[bytes, Object]]], None]
+GetObject: TypeAlias = Callable[[bytes], Object]
+GetMany: TypeAlias = Callable[[tuple[bytes, ...]], Mapping[bytes, bytes]]
+Iterate: TypeAlias = Callable[[], Iterable[Pair]]
 Scan: TypeAlias = Callable[[bytes], Iterable[Pair]]
+Queue: TypeAlias = Callable[[Iterable[Pair]], AbstractContextManager[None]]
 EncodeAll: TypeAlias = Callable[[Sequence[tuple[str, int]]], Sequence[bytes]]
 
 # The one category all rows are put into, where a contender has categories.
@@ -55,14 +73,43 @@ class Store(Protocol):
         """Close it; what was stored stays in the directory."""
 
 
+class Job(Protocol):
+    """One store of several. Where they are limited it is live when it is used."""
+
+    def put(self, key: bytes, payload: bytes) -> object:
+        """Store a row; when this returns it is committed."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return a payload."""
+
+    def close(self) -> None:
+        """Close this one."""
+
+
+class Jobs(Protocol):
+    """Several stores of one directory; what is in `name` is there as `name.db`."""
+
+    def open(self, name: str) -> Job:
+        """Open one, new or existing."""
+
+    def close(self) -> None:
+        """Close what isn't closed yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way of doing a task. `share` is the part of a case's operations it is measured with, if it is slow."""
+    """One way of doing a task. `share` is the part of a case's operations it is measured with, if it is slow.
+
+    `spinning` is how many threads run pure Python beside it; `producer(store)` gives what another thread puts rows
+    with meanwhile, where the task asks for it.
+    """
 
     task: str
     label: str
     make: Callable[[Any], Callable[..., Any]]
     share: float = 1.0
+    spinning: int = 0
+    producer: Callable[[Any], PutAll] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +118,9 @@ class Contender:
 
     `settings` says in a line how it is set up. `open_store` opens a new store in an empty directory; an asynchronous
     one runs in the runner it is given. `read_back` opens a closed store again and returns the number of its rows and
-    the payloads of some keys. `takes_keys` is whether it takes this package's `Key`s rather than plain bytes. A codec
-    has no store.
+    the payloads of some keys. `takes_keys` is whether it takes this package's `Key`s rather than plain bytes, and
+    `takes_objects` whether it has an encoding of its own for objects; else they are stored as CBOR. A codec has no
+    store.
     """
 
     name: str
@@ -81,3 +129,4 @@ class Contender:
     open_store: Callable[[Path, asyncio.Runner], Store] | None = None
     read_back: Callable[[Path, Sequence[bytes]], tuple[int, list[bytes | None]]] | None = None
     takes_keys: bool = False
+    takes_objects: bool = False

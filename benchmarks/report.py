@@ -2,7 +2,8 @@
 
 Rules:
   1. Every ratio is shown with its spread.
-  2. JSON holds every repetition, so that nothing has to be believed.
+  2. JSON holds every repetition, so that nothing has to be believed, and all that a plot needs.
+  3. What wasn't measured is in both, with the reason.
 
 Doesn't know: how anything is measured.
 """
@@ -10,21 +11,29 @@ Doesn't know: how anything is measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
+from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.harness import Series
-from benchmarks.targets import Judged
+from benchmarks.harness import Sample, Series
+from benchmarks.targets import NOT_ASKED, Judged, Target
 
-COLOURS = {"reached": "green", "floor only": "yellow", "missed": "red"}
+COLOURS = {"reached": "green", "floor only": "yellow", "missed": "red", "not measured": "dim"}
+
+
+Facts = TypeVar("Facts", Sample, Target)
 
 
 def ratios_table(results: Sequence[Judged]) -> Table:
-    """Return the table of targets."""
+    """Return the table of targets; of those that nobody asked for only the number, of others the reason, below it."""
     table = Table("case", "beside", "what", "holds", "aim", "measured", "min - max", "verdict", title="Targets")
+    table.caption = "\n".join(escape(line) for line in unmeasured(results))
+    table.caption_justify = "left"
     for judged in results:
+        if judged.reason == NOT_ASKED:
+            continue
         target = judged.target
         sign = ">=" if target.measure == "speed" else "<="
         table.add_row(
@@ -33,17 +42,27 @@ def ratios_table(results: Sequence[Judged]) -> Table:
             {"speed": "speed", "time": "time", "us": "time"}[target.measure],
             f"{sign} {target.written(target.holds)}",
             target.written(target.aim),
-            target.written(judged.median),
-            f"{target.written(min(judged.values))} - {target.written(max(judged.values))}",
+            target.written(judged.median) if judged.values else "",
+            f"{target.written(min(judged.values))} - {target.written(max(judged.values))}" if judged.values else "",
             f"[{COLOURS[judged.verdict]}]{judged.verdict}",
         )
     return table
 
 
+def unmeasured(results: Sequence[Judged]) -> list[str]:
+    """Return a line for each reason why targets weren't measured; how many nobody asked for, if there are some."""
+    reasons = [judged.reason for judged in results if not judged.values]
+    lines = [f"not measured: {reason}" for reason in dict.fromkeys(reasons) if reason != NOT_ASKED]
+    if NOT_ASKED in reasons:
+        lines.append(f"targets {NOT_ASKED}: {reasons.count(NOT_ASKED)}")
+    return lines
+
+
 def figures_table(series: Sequence[Series]) -> Table:
     """Return the table of all that was measured, in microseconds."""
     table = Table(
-        "case", "contender", "way", "operations", "us each", "min - max", "p50", "p99", "a second", title="Figures"
+        *("case", "contender", "way", "operations", "us each", "min - max", "p50", "p99", "a second", "besides"),
+        title="Figures",
     )
     for column in table.columns[3:]:
         column.justify = "right"
@@ -63,6 +82,7 @@ def figures_table(series: Sequence[Series]) -> Table:
             _number(one.middle("p50_us")),
             _number(one.middle("p99_us")),
             _number(one.middle("per_second")),
+            ", ".join(f"{name} {_number(value)}" for name, value in one.besides().items()),
         )
     return table
 
@@ -84,14 +104,30 @@ def as_json(
             {
                 **asdict(judged.target),
                 "values": judged.values,
-                "median": judged.median,
-                "min": min(judged.values),
-                "max": max(judged.values),
+                "median": judged.median if judged.values else None,
+                "min": min(judged.values, default=None),
+                "max": max(judged.values, default=None),
                 "verdict": judged.verdict,
+                "reason": judged.reason,
             }
             for judged in results
         ],
     }
+
+
+def from_json(report: dict[str, Any]) -> tuple[list[Series], list[Judged]]:
+    """Return the figures and the targets of a report. Raises `KeyError` or `TypeError` for what isn't one."""
+    series = [
+        Series(one["case"], one["contender"], one["way"], [_read(Sample, sample) for sample in one["samples"]])
+        for one in report["figures"]
+    ]
+    results = [Judged(_read(Target, one), one["values"], one.get("reason", "")) for one in report["targets"]]
+    return series, results
+
+
+def _read(kind: type[Facts], given: dict[str, Any]) -> Facts:
+    """Return a dataclass again; a report of another age may know more or less."""
+    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
 
 
 def _number(value: float | None) -> str:

@@ -10,14 +10,14 @@ Doesn't know: contenders, targets.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter_ns
 
 from benchmarks.harness import Case, Sample, awaited_parts, opened, percentiles, settled_garbage, timed_parts
 from benchmarks.protocol import AwaitedGet, Contender, Pair, Way
 from benchmarks.verify import check_answers
-from benchmarks.workload import SCANNED, Workload, picked
+from benchmarks.workload import SCANNED, SCANNED_ROWS, Workload, picked
 
 READS = 50_000
 READS_EACH = 10_000  # of those whose calls are timed one by one
@@ -102,7 +102,7 @@ def _scan(contender: Contender, way: Way, workload: Workload, directory: Path) -
         for _ in range(SCANS):
             with settled_garbage():
                 begun = perf_counter_ns()
-                _read_all(scan(prefix))
+                read_all(scan(prefix))
                 times.append(perf_counter_ns() - begun)
         found = list(scan(prefix))
     check_answers(contender.name, found, wanted)
@@ -110,7 +110,8 @@ def _scan(contender: Contender, way: Way, workload: Workload, directory: Path) -
     return Sample(SCANS, p50, p50, p99)
 
 
-def _read_all(rows: Sequence[Pair]) -> int:
+def read_all(rows: Iterable[Pair]) -> int:
+    """Look at every key and payload; return how many bytes they have."""
     size = 0
     for key, payload in rows:
         size += len(key) + len(payload)
@@ -121,5 +122,5 @@ CASES = (
     Case("get", "blocking get, idle job", ("get",), _get),
     Case("aget", "awaited get, in turn", ("aget",), _awaited(_in_turn, _each)),
     Case("aget-64", "awaited get, 64 tasks at once", ("aget",), _awaited(_at_once, _each_at_once)),
-    Case("scan", "scan_prefix of 10,000 rows, every key and payload read", ("scan",), _scan),
+    Case("scan", "scan_prefix of 10,000 rows, every key and payload read", ("scan",), _scan, rows=SCANNED_ROWS),
 )

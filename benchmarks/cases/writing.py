@@ -89,7 +89,9 @@ CASES = (
     Case("put", "puts until committed, sorted keys", ("put",), _put_ordered),
     Case("put-random", "puts until committed, random keys", ("put-random", "put"), _put_shuffled),
     Case("put-kept", "puts until committed, with a ttl, a quota, a feed", ("put-kept",), _put_ordered),
+    Case("put-durable", "puts until committed, each level of durability", ("put-durable",), _put_ordered),
     Case("produce", "the producer's side of a put, median", ("produce",), _produce),
     Case("commit", "blocking commit of one put", ("commit",), _commit),
+    Case("commit-durable", "blocking commit of one put, each level of durability", ("commit-durable",), _commit),
     Case("acommit", "awaited commit of one put", ("acommit",), _acommit),
 )

@@ -88,7 +88,12 @@ CONTENDER = Contender(
         Way("put", "set inside transact", _put_in_transaction, share=0.25),
         Way("get", "get", _get),
         Way("commit", "set", _commit),
+        # It pickles what isn't text, bytes or a number: its documented default.
+        Way("put-object", "set", _put_single, share=0.05),
+        Way("put-object", "set inside transact", _put_in_transaction, share=0.25),
+        Way("get-object", "get", _get),
     ),
     open_store=Cached,
     read_back=read_back,
+    takes_objects=True,
 )

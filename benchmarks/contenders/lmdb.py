@@ -17,8 +17,8 @@ from typing import cast
 
 import lmdb
 
-from benchmarks.contenders.groups import sorted_groups
-from benchmarks.protocol import Contender, Get, Pair, PutAll, PutOne, Scan, Way
+from benchmarks.contenders.groups import groups, sorted_groups
+from benchmarks.protocol import Contender, Get, GetMany, Iterate, Pair, PutAll, PutOne, Scan, Way
 
 # The bound of the file, which is sparse; it must be larger than anything that is measured.
 MAP_BYTES = 2**34
@@ -73,6 +73,16 @@ class Mapped:
 
 
 def _put_all(store: Mapped) -> PutAll:
+    # A transaction keeps all pages it has changed until its end; several small ones take less time than a large one.
+    def put_all(rows: Sequence[Pair]) -> None:
+        for group in groups(rows):
+            store.put_many(group)
+
+    return put_all
+
+
+def _put_all_at_once(store: Mapped) -> PutAll:
+    # Keys in random order come to the same pages again and again: here a large transaction takes less time.
     return store.put_many
 
 
@@ -140,6 +150,26 @@ def _scan(store: Mapped) -> Scan:
     return scan
 
 
+def _get_many(store: Mapped) -> GetMany:
+    begin = store.environment.begin
+
+    def get_many(keys: tuple[bytes, ...]) -> dict[bytes, bytes]:
+        with begin() as transaction, transaction.cursor() as cursor:
+            return dict(cursor.getmulti(keys))
+
+    return get_many
+
+
+def _iterate(store: Mapped) -> Iterate:
+    cursor = store.reading().cursor()
+
+    def iterate() -> Iterable[Pair]:
+        cursor.first()
+        return cast(Iterable[Pair], iter(cursor))
+
+    return iterate
+
+
 def read_back(directory: Path, keys: Sequence[bytes]) -> tuple[int, list[bytes | None]]:
     """Return how many rows a closed environment has, and the payloads of some keys."""
     with _open(directory, SETTINGS) as environment, environment.begin() as transaction:
@@ -150,9 +180,9 @@ CONTENDER = Contender(
     name="lmdb",
     settings=f"writemap, map_async, max_spare_txns=1, map_size={MAP_BYTES:,}; where said sync=False without writemap",
     ways=(
-        Way("put", "putmulti, one transaction", _put_all),
+        Way("put", "putmulti", _put_all),
         Way("put", "putmulti, sync=False", _put_all_without_writemap),
-        Way("put-random", "putmulti, one transaction", _put_all),
+        Way("put-random", "putmulti, one transaction", _put_all_at_once),
         Way("put-random", "putmulti, groups sorted", _put_all_sorted),
         Way("put-random", "groups sorted, sync=False", _put_all_sorted_without_writemap),
         Way("get", "a transaction each", _get),
@@ -160,6 +190,10 @@ CONTENDER = Contender(
         Way("commit", "a transaction each", _commit),
         Way("commit", "a transaction each, sync=False", _commit_without_writemap),
         Way("scan", "cursor", _scan),
+        Way("get-many", "getmulti", _get_many),
+        Way("iterate", "cursor", _iterate),
+        # One environment for all threads, as its documentation has it; readers and the writer never wait.
+        Way("get-producer", "a transaction each", _get, producer=_put_all),
     ),
     open_store=Mapped,
     read_back=read_back,

@@ -9,7 +9,9 @@ Doesn't know: its peers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,31 @@ from benchmarks.protocol import (
     Contender,
     EncodeAll,
     Get,
+    GetMany,
+    GetObject,
+    Iterate,
+    Object,
     Pair,
     PostSome,
     PutAll,
+    PutObjects,
     PutOne,
+    Queue,
     Scan,
     Way,
 )
-from persistency import Key, Persistency, Put, key
+from persistency import Category, Job, Key, Persistency, Put, Reply, key
 
 TTL_SECONDS = 3_600  # nothing ends while it is measured
+LONG_PAGE = 4_096  # rows: sixteen times the default
 FEED_CHANGES = 100_000  # half of what the usual run puts, so that the oldest are dropped too
 
 
 class Ours:
     """A job of its own in a root of its own."""
 
-    def __init__(self, directory: Path, _runner: asyncio.Runner) -> None:
+    def __init__(self, directory: Path, runner: asyncio.Runner) -> None:
+        self.runner = runner
         self._persistency = Persistency(directory)
         self.job = self._persistency.open_job(CATEGORY)
 
@@ -134,11 +144,134 @@ def _scan(store: Ours) -> Scan:
     return lambda prefix: store.job.scan_prefix(CATEGORY, Key(prefix)).result()
 
 
+def _produce_all(store: Ours) -> PutAll:
+    put = store.job.put
+
+    def put_all(rows: Sequence[Pair]) -> None:
+        for encoded, payload in rows:
+            put(CATEGORY, encoded, payload)  # type: ignore[arg-type]  # as above
+
+    return put_all
+
+
+def _queue(store: Ours) -> Queue:
+    store.reopen(mailbox_ops_max=2**30, mailbox_bytes_max=2**40)
+    job = store.job
+
+    @contextmanager
+    def queue(rows: Iterable[Pair]) -> Iterator[None]:
+        begun, released = threading.Event(), threading.Event()
+
+        def wait(_tx: object) -> None:
+            begun.set()
+            released.wait()
+
+        async def ask_to_wait() -> Reply[None]:
+            # From an event loop it is the worker that runs it; here it would run in this thread.
+            return job.run(wait)
+
+        try:
+            waiting = store.runner.run(ask_to_wait())
+            waiting.add_done_callback(lambda _waiting: begun.set())  # should it fail before
+            begun.wait()
+            waited_for = 1  # the function that waits is an operation, too
+            for encoded, payload in rows:
+                job.put(CATEGORY, encoded, payload)  # type: ignore[arg-type]  # as above
+                waited_for += 1
+            assert job.statistics().pending == waited_for
+            yield
+        finally:
+            released.set()
+        waiting.result()
+        job.flush().result()
+
+    return queue
+
+
+def _queue_in_list(store: Ours) -> Queue:
+    # What somebody would write who had no mailbox.
+    @contextmanager
+    def queue(rows: Iterable[Pair]) -> Iterator[None]:
+        waiting = [(CATEGORY, encoded, payload) for encoded, payload in rows]
+        yield
+        for category, encoded, payload in waiting:
+            store.job.put(category, encoded, payload)  # type: ignore[arg-type]  # as above
+        store.job.flush().result()
+
+    return queue
+
+
+def _put_objects(store: Ours) -> PutObjects:
+    def put_all(rows: Sequence[tuple[bytes, Object]]) -> None:
+        put = Category(store.job, CATEGORY).put
+        for encoded, value in rows:
+            put(encoded, value)  # type: ignore[arg-type]  # as above
+        store.job.flush().result()
+
+    return put_all
+
+
+def _get_object(store: Ours) -> GetObject:
+    get = Category(store.job, CATEGORY).get
+    return lambda encoded: get(encoded).result()  # type: ignore[call-overload]  # as above
+
+
+def _put_all_powered(store: Ours) -> PutAll:
+    store.reopen(durability="power")
+    return _put_all(store)
+
+
+def _commit_powered(store: Ours) -> PutOne:
+    store.reopen(durability="power")
+    return _commit(store)
+
+
+def _get_many(store: Ours) -> GetMany:
+    get_many = store.job.get_many
+    return lambda keys: get_many(CATEGORY, keys).result()  # type: ignore[arg-type, return-value]  # as above
+
+
+def _iterate(store: Ours) -> Iterate:
+    return lambda: store.job.iterate(CATEGORY)
+
+
+def _iterate_long_pages(store: Ours) -> Iterate:
+    return lambda: store.job.iterate(CATEGORY, page=LONG_PAGE)
+
+
 def _encode(_store: object) -> EncodeAll:
     def encode(parts: Sequence[tuple[str, int]]) -> list[Key]:
         return [key(text, number) for text, number in parts]
 
     return encode
+
+
+class OurJob:
+    """A job of a root that has several."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.close = job.close
+
+    def put(self, encoded: bytes, payload: bytes) -> None:
+        """Commit a row."""
+        self._job.commit(Put(CATEGORY, encoded, payload)).result()  # type: ignore[arg-type]  # as above
+
+    def get(self, encoded: bytes) -> bytes | None:
+        """Return a payload."""
+        return self._job.get(CATEGORY, encoded).result()  # type: ignore[arg-type]  # as above
+
+
+class OurJobs:
+    """A root with several jobs."""
+
+    def __init__(self, directory: Path, live_max: int | None) -> None:
+        self._persistency = Persistency(directory, max_live_jobs=live_max)
+        self.close = self._persistency.close
+
+    def open(self, name: str) -> OurJob:
+        """Open a job."""
+        return OurJob(self._persistency.open_job(name))
 
 
 CONTENDER = Contender(
@@ -158,6 +291,27 @@ CONTENDER = Contender(
         Way("post", "put, drain", _post),
         Way("post", "no puts", _post_nothing),
         Way("scan", "scan_prefix", _scan),
+        Way("put-spinning", "alone", _put_all),
+        Way("put-spinning", "beside one thread", _put_all, spinning=1),
+        Way("put-spinning", "beside four threads", _put_all, spinning=4, share=0.25),
+        Way("get-spinning", "get", _get, spinning=1),
+        Way("scan-spinning", "scan_prefix", _scan, spinning=1),
+        Way("get-producer", "get", _get, producer=_produce_all),
+        Way("aget-producer", "await get", _aget, producer=_produce_all),
+        Way("queue", "in the mailbox", _queue),
+        Way("queue", "a list of tuples", _queue_in_list),
+        Way("put-object", "Category.put, flush", _put_objects),
+        Way("get-object", "Category.get", _get_object),
+        Way("put-durable", "process", _put_all),
+        Way("put-durable", "power", _put_all_powered),
+        Way("commit-durable", "process", _commit),
+        Way("commit-durable", "power", _commit_powered, share=0.1),
+        Way("get-many", "get_many", _get_many),
+        Way("iterate", "iterate", _iterate),
+        Way("iterate", f"iterate, page={LONG_PAGE:,}", _iterate_long_pages),
+        Way("open", "open_job", lambda _store: OurJobs),
+        Way("evict", "max_live_jobs", lambda _store: OurJobs),
+        Way("import", "import", lambda _store: lambda: "persistency"),
         Way("encode", "key", _encode),
     ),
     open_store=Ours,

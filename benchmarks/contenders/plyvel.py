@@ -15,7 +15,7 @@ from pathlib import Path
 import plyvel
 
 from benchmarks.contenders.groups import groups
-from benchmarks.protocol import Contender, Get, Pair, PutAll, PutOne, Scan, Way
+from benchmarks.protocol import Contender, Get, Iterate, Pair, PutAll, PutOne, Scan, Way
 
 SETTINGS = {
     "write_buffer_size": 2**26,  # RocksDB's default: LevelDB names it as what makes many puts faster
@@ -75,6 +75,11 @@ def _scan(store: Levels) -> Scan:
     return scan
 
 
+def _iterate(store: Levels) -> Iterate:
+    iterate: Iterate = store.database.iterator
+    return iterate
+
+
 def read_back(directory: Path, keys: Sequence[bytes]) -> tuple[int, list[bytes | None]]:
     """Return how many rows a closed database has, and the payloads of some keys."""
     database = plyvel.DB(str(directory), **SETTINGS)
@@ -94,6 +99,7 @@ CONTENDER = Contender(
         Way("get", "get", _get),
         Way("commit", "put", _commit),
         Way("scan", "iterator", _scan),
+        Way("iterate", "iterator", _iterate),
     ),
     open_store=Levels,
     read_back=read_back,

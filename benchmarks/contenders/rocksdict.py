@@ -12,12 +12,12 @@ import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import rocksdict
 
 from benchmarks.contenders.groups import groups
-from benchmarks.protocol import Contender, Get, Pair, PutAll, PutOne, Scan, Way
+from benchmarks.protocol import Contender, Get, GetMany, Iterate, Pair, PutAll, PutOne, Scan, Way
 
 CACHE_BYTES = 2**28
 BLOOM_BITS = 10
@@ -91,6 +91,17 @@ def _scan(store: Merged) -> Scan:
     return scan
 
 
+def _get_many(store: Merged) -> GetMany:
+    # A list of keys is its documented way to get many.
+    get: Any = store.database.get
+    return lambda keys: dict(zip(keys, get(list(keys)), strict=True))
+
+
+def _iterate(store: Merged) -> Iterate:
+    items: Any = store.database.items
+    return cast(Iterate, items)
+
+
 def read_back(directory: Path, keys: Sequence[bytes]) -> tuple[int, list[bytes | None]]:
     """Return how many rows a closed database has, and the payloads of some keys."""
     with rocksdict.Rdict(str(directory), _options()) as database:
@@ -106,6 +117,8 @@ CONTENDER = Contender(
         Way("get", "get", _get),
         Way("commit", "put", _commit),
         Way("scan", "items", _scan),
+        Way("get-many", "get of a list", _get_many),
+        Way("iterate", "items", _iterate),
     ),
     open_store=Merged,
     read_back=read_back,

@@ -33,6 +33,8 @@ UPSERT = (
 PUT = f"{INSERT}(?, ?, ?, ?){UPSERT}"
 # Peers aren't made to look at an expiry they don't use.
 GET = "SELECT payload FROM kv WHERE category = ? AND key = ?"
+GET_MANY = "SELECT key, payload FROM kv WHERE category = ?1 AND key IN (SELECT value FROM carray(?2))"
+ALL = "SELECT key, payload FROM kv WHERE category = ? ORDER BY key"
 SCAN = "SELECT key, payload FROM kv WHERE category = ? AND key >= ? AND key < ? ORDER BY key"
 
 # This engine's checkpoint policy, as far as SQLite's own auto-checkpoint can follow it: a long log while much is put, a

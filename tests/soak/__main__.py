@@ -122,8 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     logging.getLogger("persistency").setLevel(logging.CRITICAL)  # failing is part of it
-    # What a shell starts in the background ignores interrupts, and what `nohup` does hang-ups; so would the children that
-    # are to get them.
+    # What a shell starts in the background ignores interrupts, and what `nohup` starts hang-ups; so would the children
+    # that are to get them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with progress() as tell:
