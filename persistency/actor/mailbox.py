@@ -47,9 +47,8 @@ class Mailbox(Door):
         self.never_waits: set[int] = set()  # threads that must not wait for room here
         # Guarded by the lock: the line,
         self._messages: Group = []
-        self._ops = 0
-        self._bytes = 0
-        self._requests = 0
+        self._ops = self._bytes = self._requests = 0
+        self.asked = False  # whether a request has waited in it; whoever wants to know sets it back
         self._taken = 0  # write operations, since the beginning
         self._generation = 0  # of the line: how often it was taken
         self.in_hand: list[Group] = []  # what was taken and isn't accounted for yet
@@ -348,7 +347,7 @@ class Mailbox(Door):
 
     def _append(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
         if requests:
-            places[2]._ticket = self._generation
+            places[2]._ticket, self.asked = self._generation, True
         self._ops += ops
         self._bytes += nbytes
         self._requests += requests

@@ -112,7 +112,8 @@ class Upkeep:
         if self._log is not None:
             self._look()
             now = monotonic()
-            if now >= self._carry_at and self._log.checkpoint_due(idle=idle):
+            # Somebody who asks beside a producer waits for short ones rather than, now and then, for a long one.
+            if now >= self._carry_at and self._log.checkpoint_due(idle=idle or self._mailbox.asked):
                 return self.checkpoint
             if self._sync_at is not None and now >= self._sync_at:
                 return self._sync
@@ -142,6 +143,7 @@ class Upkeep:
         """Carry the log over. Raises `Harm`."""
         assert self._log is not None
         self._carry_at = monotonic() + RETRY_SECONDS
+        self._mailbox.asked = False
         if self._tried(self._log.checkpoint):
             self._carry_at = 0.0
 

@@ -224,7 +224,10 @@ class Checkpointing(Protocol):
         """Whether something was committed that isn't on the medium yet. Any thread may look."""
 
     def checkpoint_due(self, *, idle: bool) -> bool:
-        """Say whether `checkpoint` should be called now; `idle`: nobody is waiting. Any thread may ask."""
+        """Say whether `checkpoint` should be called now; any thread may ask.
+
+        `idle`: nobody is waiting, or somebody who had better wait for a short one now than for a long one later.
+        """
 
     def checkpoint(self) -> None:
         """Carry the log over."""

@@ -49,7 +49,7 @@ log = logging.getLogger("persistency.storage")
 
 T = TypeVar("T")
 
-CHECKPOINT_IDLE_PAGES = 4_000  # with nobody waiting
+CHECKPOINT_IDLE_PAGES = 4_000  # with nobody waiting, or somebody for whom it had better be short
 CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
 
 

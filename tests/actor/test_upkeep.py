@@ -500,3 +500,43 @@ def test_rows_without_an_end_are_not_looked_at(tmp_path: Path) -> None:
         assert store.read(CountRange(b"c", b"", None), T0_MS - 1) == permanent
         store.close()
     assert steps[0] == steps[1]
+
+
+class Logging:
+    """What upkeep needs of a store with a log: it notes for what limit it was asked, and is due at the lower one."""
+
+    next_expiry_ms: int | None = None
+    last_version = 0
+    unsynced = False
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+        self.checkpoints = 0
+
+    def checkpoint_due(self, *, idle: bool) -> bool:
+        self.asked.append(idle)
+        return idle
+
+    def checkpoint(self) -> None:
+        self.checkpoints += 1
+
+    def fold(self) -> bool:
+        return True
+
+    def settle(self) -> None:
+        return None
+
+
+def test_who_asks_beside_a_producer_waits_for_short_checkpoints(time: Time) -> None:
+    """The log is carried over at its lower limit once a request has waited in the line, and then not again for that."""
+    store, mailbox = Logging(), Mailbox(Actor(start=False).mailbox.bounds)
+    upkeep = Upkeep("job", store, mailbox, Clock(time.read_ms))  # type: ignore[arg-type]  # all it needs of a store
+    mailbox.put(b"c", b"k", b"v", 2)
+    assert upkeep.next_step(reaps=False) is None
+    mailbox.ask(GetRow(b"c", b"k"), reads=True)
+    step = upkeep.next_step(reaps=False)
+    assert step is not None
+    step()
+    assert store.checkpoints == 1
+    assert upkeep.next_step(reaps=False) is None
+    assert store.asked == [False, True, False]
