@@ -45,9 +45,9 @@ class DirectoryRoot:
             if not files.clear_leftovers(path):
                 self._adopt(job_id, path)
             left_log = bool(files.size(files.sidecars(path)[0]))
-            connection = self._connect(job_id, path, claim, options)
+            connection, stored = self._connect(job_id, path, claim, options)
             try:
-                return SqliteStore(connection, options, path, claim, self._vfs, left_log=left_log)
+                return SqliteStore(connection, stored, options, path, claim, self._vfs, left_log=left_log)
             except BaseException:
                 schema.close(connection)
                 raise
@@ -58,8 +58,10 @@ class DirectoryRoot:
             claim.release()
             raise
 
-    def _connect(self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions) -> apsw.Connection:
-        """Return a connection to the job's file; to a fresh one, if the job has ended."""
+    def _connect(
+        self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions
+    ) -> tuple[apsw.Connection, dict[str, int]]:
+        """Return a connection to the job's file, or to a fresh one, if the job has ended; and the file's numbers."""
         if not files.size(path):
             if options.must_exist:
                 raise Corrupt(
@@ -71,7 +73,7 @@ class DirectoryRoot:
             elif claim.record.version:  # whoever removes a job's file means it
                 log.warning("job %r: its file, which was there, is gone; it begins anew", job_id)
                 claim.note(0, options.now_ms, None)
-        files.prepare(path)
+            files.prepare(path)
         connection = schema.connect(path, options.durability, self._vfs, lambda: claim.check(0))
         try:
             stored = schema.read_meta(connection)
@@ -83,7 +85,8 @@ class DirectoryRoot:
                     if ends_ms is None and stored["last_version"]:
                         raise Misuse(f"job {job_id!r} is there for good: leave ttl out, or drop the job first")
                     connection.execute(schema.NOTE, (schema.ENDS, options.expires_ms))
-                return connection
+                    stored[schema.ENDS] = options.expires_ms
+                return connection, stored
             # What is to be deleted must be certain. A record that isn't there, or is damaged, contradicts nothing.
             if claim.record.used_ms is not None and claim.record.expires_ms != ends_ms:
                 raise Corrupt(f"{str(path)!r} says it has ended, but its lock file doesn't", hint="Drop the job.")

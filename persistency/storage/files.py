@@ -71,7 +71,8 @@ def make_root(path: Path) -> None:
 
 def sidecars(path: Path) -> list[Path]:
     """Return the paths SQLite may use beside the database file."""
-    return [path.with_name(path.name + suffix) for suffix in SIDECARS]
+    text = str(path)  # several times as fast as `with_name`, and there are many to be looked at
+    return [Path(text + suffix) for suffix in SIDECARS]
 
 
 def check_regular(path: Path) -> bool:

@@ -76,6 +76,7 @@ ENDS = "expires_ms"  # the job's own end
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
+_OWN = frozenset(text.strip() for text in (_KV + _REST + _CHANGES).split(";") if "CREATE" in text)  # in a file it made
 
 # Name, declared type, NOT NULL, place in the primary key; hidden columns count.
 _COLUMNS_1 = [("category", "BLOB", 1, 1), ("key", "BLOB", 1, 2), ("payload", "BLOB", 1, 0)]
@@ -310,6 +311,8 @@ def recognise(connection: apsw.Connection, path: Path) -> int:
 
 def _as_defined(connection: apsw.Connection, found: int, definitions: list[tuple[Any, ...]]) -> bool:
     """Return whether the tables of a file have a format's columns, and nothing else is in any definition."""
+    if found == FORMAT and _OWN.issuperset(sql for _, _, sql in definitions):
+        return True
     words = [re.findall(r"\w+|\S", str(sql).lower()) for _, _, sql in definitions]
     tables = _COLUMNS[found] | {name: _OPTIONAL[name] for _, name, _ in definitions if name in _OPTIONAL}
     columns = {

@@ -56,7 +56,7 @@ CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
 class SqliteStore(Folding):
     """A job's rows in one SQLite file, `path`, whose ownership, `claim`, is given up at `close`.
 
-    `left_log`: there was a log beside it before it was opened.
+    `stored` are its numbers; `left_log`: there was a log beside it before it was opened.
     """
 
     reads_in_place = True
@@ -64,6 +64,7 @@ class SqliteStore(Folding):
     def __init__(
         self,
         connection: apsw.Connection,
+        stored: dict[str, int],
         options: StoreOptions,
         path: Path,
         claim: Claim,
@@ -71,7 +72,6 @@ class SqliteStore(Folding):
         *,
         left_log: bool = False,
     ) -> None:
-        stored = schema.read_meta(connection)
         schema.own_log(connection)
         self.options = options
         self.expires_ms = stored.get(schema.ENDS)
