@@ -1838,7 +1838,7 @@ def test_cancelling_thousands_of_reads_is_quick(job: Job, gate: Gate) -> None:
     replies = [job.get("c", (number,)) for number in range(4_000)]
     begun = monotonic()
     assert all(reply.cancel() for reply in reversed(replies))
-    assert monotonic() - begun < 5
+    assert monotonic() - begun < 30  # not one walk through the whole line for each
     gate.release()
     assert job.get("held", ("held",)).result(WAIT) == b""
 

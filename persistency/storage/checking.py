@@ -18,9 +18,11 @@ from typing import Any, TypeAlias, get_args
 
 import apsw
 
-from persistency.errors import Corrupt
+from persistency.errors import Corrupt, Unavailable
 from persistency.storage import schema
 from persistency.storage.changes import DROPPED
+from persistency.storage.files import identity
+from persistency.storage.openings import undisturbed
 from persistency.storage.port import ChangeKind
 from persistency.storage.quota import USED, USED_MS
 from persistency.storage.table import LATEST_MS
@@ -78,15 +80,24 @@ def check(path: Path, *, vfs: str | None = None) -> Steps:
     Raises `Corrupt` for what can't be taken for a job's file, `SchemaTooNew`, and `Unavailable` or another
     `StorageError` for what the system refuses.
     """
+    was = identity(path)
     try:
-        connection = schema.open_file(path, vfs)
+        with undisturbed(path):
+            connection = schema.open_file(path, vfs)
+            try:
+                connection.execute("BEGIN")
+                connection.pragma("user_version")  # it hasn't looked for a log before
+            except BaseException:
+                schema.close(connection)
+                raise
         try:
-            connection.execute("BEGIN")
             found = schema.recognise(connection, path)
             problems = _Problems()
             try:
                 yield from _File(connection, found, problems).look()
             except (apsw.CorruptError, apsw.NotADBError, apsw.IOError, UnicodeDecodeError, Corrupt) as error:
+                if identity(path) != was:
+                    raise Unavailable(f"{str(path)!r} was removed or replaced while it was checked") from error
                 problems.add(f"it can't be read to its end: {error}")
             return problems.texts()
         finally:

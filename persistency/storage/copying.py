@@ -58,14 +58,20 @@ def back_up(source: Path, target: Path, *, vfs: str | None = None) -> Steps:
     Raises what `check_target` does, `Corrupt` if the file isn't sound, and `DiskFull`, `Unavailable` or another
     `StorageError` for what the system refuses.
     """
-    target = check_target(source, target)
+    target, was = check_target(source, target), files.identity(source)
     with _translating(f"can't back up to {str(target)!r}"), _beside(target) as copy:
         with _reading(source, vfs) as connection:
             schema.recognise(connection, source)
-            yield from _copied(connection, copy, vfs)
+            try:
+                yield from _copied(connection, copy, vfs)
+            except apsw.IOError as error:
+                if files.identity(source) == was:
+                    raise
+                raise Unavailable(f"{str(source)!r} was removed or replaced while it was backed up") from error
         _seal(copy, {"clean": 1}, vfs)
-        _refuse_in_use(target)
-        _publish(copy, target)
+        with undisturbed(target):
+            _refuse_in_use(target)
+            _publish(copy, target)
 
 
 def check_target(source: Path, target: Path) -> Path:

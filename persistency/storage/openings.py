@@ -14,23 +14,25 @@ Doesn't know: who owns a job; other processes, where the system's locks do hold:
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 # Files share locks: that costs a wait now and then, and nothing has to be kept of files that were there once.
 _LOCKS_COUNT = 64
-_locks: list[Lock] = []
+# Re-entrant: a signal handler, or `__del__`, may drop a job in the middle of another one's being dropped.
+_locks: list[contextlib.AbstractContextManager[bool]] = []
 
 
-def undisturbed(path: Path) -> Lock:
+def undisturbed(path: Path) -> contextlib.AbstractContextManager[bool]:
     """Return what is to be held, by `with`, while the file at `path` is opened, removed or replaced."""
     return _locks[hash(str(path)) % _LOCKS_COUNT]
 
 
 def _begin() -> None:
     # In a forked child, too: who held one there is gone.
-    _locks[:] = [Lock() for _ in range(_LOCKS_COUNT)]
+    _locks[:] = [RLock() for _ in range(_LOCKS_COUNT)]
 
 
 _begin()

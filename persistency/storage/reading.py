@@ -165,8 +165,6 @@ class SqliteReader:
             if self._gone is None and (self._snapshots is None or touched):
                 self._connect(now_ms)  # there may be a log now
                 self._gone = _difference(found, self._opened, still=True)
-            elif self._opened.log is None:
-                self._opened = found  # a file that had none before it was opened for writing
         if self._gone is not None:
             self.close()
             raise Unavailable(
@@ -212,6 +210,10 @@ class SqliteReader:
         except PersistencyError as error:
             fault = error
         opened = self._place.look()
+        if not still and opened.log is None and fault is None and snapshots is not None:
+            # It keeps no log. Who looks into it later, when its owner has opened it, would look for one by its name.
+            snapshots.close()
+            return
         changed = opened != before if still else _difference(before, opened, still=True) is not None
         if changed or fault is not None or snapshots is None:
             if snapshots is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import apsw
 import pytest
 
 from persistency.errors import JobNotFound, Unavailable
-from persistency.storage import copying, files, openings, schema
+from persistency.storage import checking, copying, files, openings, schema
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import GetRow, ScanRange, StoreOptions
 from persistency.storage.reading import SqliteReader
@@ -29,9 +30,9 @@ class Disk(apsw.VFS):
 
     NAME = "told"
 
-    def __init__(self, opened: Callable[[], None]) -> None:
+    def __init__(self, opened: Callable[[], object]) -> None:
         super().__init__(self.NAME, base="")
-        self.opened: Callable[[], None] | None = opened
+        self.opened: Callable[[], object] | None = opened
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802  # SQLite's name
         """Open a file."""
@@ -92,16 +93,6 @@ def full_log(root: DirectoryRoot) -> apsw.Connection:
     return connection
 
 
-def drop(root: DirectoryRoot) -> None:
-    """Drop the job."""
-    root.drop("alpha")
-
-
-def put_back(root: DirectoryRoot) -> None:
-    """Restore the job."""
-    root.restore("alpha", root.directory / "backup")
-
-
 def write_twice(root: DirectoryRoot, between: Callable[[], object] = lambda: None) -> None:
     """Write 100 rows of "y", each a commit; they must be there, in a sound file, before it is closed and after."""
     store = root.open("alpha", StoreOptions())
@@ -116,54 +107,146 @@ def write_twice(root: DirectoryRoot, between: Callable[[], object] = lambda: Non
     store.close()
 
 
-@pytest.mark.parametrize("change", [drop, put_back])
-def test_a_job_that_is_replaced_while_a_reader_opens_it(
-    root: DirectoryRoot, locks: Watched, change: Callable[[DirectoryRoot], None]
-) -> None:
-    """Whoever removes or replaces it waits until the reader has its log's index; the new file's is nobody else's."""
-    for _ in copying.back_up(root.path("alpha"), root.directory / "backup"):
-        pass
-    keeper = full_log(root)
+def beside(locks: Watched, act: Callable[[Callable[[], None]], None]) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return how to begin something in a thread, until it waits for a lock or as far as it gets, and how to end it.
+
+    `act` is told what to call where it has come as far as it could without waiting.
+    """
     wrong: list[BaseException] = []
     over = threading.Event()
 
-    def written() -> None:  # as far as one could get without waiting
+    def as_far_as_it_gets() -> None:
         locks.waited.set()
         assert over.wait(60)
 
-    def replace() -> None:
+    def run() -> None:
         try:
-            change(root)
-            write_twice(root, written)
+            act(as_far_as_it_gets)
         except BaseException as error:
             wrong.append(error)
             locks.waited.set()
 
-    thread = threading.Thread(target=replace)
+    thread = threading.Thread(target=run)
 
     def begin() -> None:
-        keeper.close()
         thread.start()
         assert locks.waited.wait(60)
 
-    disk = Disk(begin)
-    reader: SqliteReader | None = None
-    try:
-        reader = SqliteReader(root.path("alpha"), "alpha", vfs=disk.NAME)
-    except (JobNotFound, Unavailable):  # it was told in time
-        assert change is drop
+    def end() -> None:
+        over.set()
+        thread.join(60)
+        assert not thread.is_alive()
+        if wrong:
+            raise wrong[0]
+
+    return begin, end
+
+
+def read_file(root: DirectoryRoot, vfs: str) -> None:
+    """Open a reader."""
+    SqliteReader(root.path("alpha"), "alpha", vfs=vfs).close()
+
+
+def check_file(root: DirectoryRoot, vfs: str) -> None:
+    """Check the file."""
+    check(root.path("alpha"), vfs)
+
+
+def back_file_up(root: DirectoryRoot, vfs: str) -> None:
+    """Back the file up."""
+    for _ in copying.back_up(root.path("alpha"), root.directory / "another", vfs=vfs):
+        pass
+
+
+@pytest.mark.parametrize("look", [read_file, check_file, back_file_up])
+def test_a_job_that_is_made_anew_while_somebody_opens_it(
+    root: DirectoryRoot, locks: Watched, look: Callable[[DirectoryRoot, str], None]
+) -> None:
+    """Whoever drops it waits until the other one has its log's index; the new file's is nobody else's."""
+    keeper = full_log(root)
+
+    def make_anew(as_far_as_it_gets: Callable[[], None]) -> None:
+        root.drop("alpha")
+        write_twice(root, as_far_as_it_gets)
+
+    begin, end = beside(locks, make_anew)
+    disk = Disk(lambda: (keeper.close(), begin()))
+    with contextlib.suppress(JobNotFound, Unavailable):  # who is told in time
+        look(root, disk.NAME)
     assert disk.opened is None
-    over.set()
-    thread.join(60)
-    assert not thread.is_alive()
-    if change is put_back:  # a file that is being read isn't replaced
-        assert [type(error) for error in wrong] == [Unavailable]
-        assert reader is not None
-        assert reader.get(b"c", b"1", NOW_MS) == b"x"
-    else:
-        assert wrong == []
-    if reader is not None:
-        reader.close()
+    end()
+
+
+def test_a_job_that_is_restored_while_a_reader_opens_it(root: DirectoryRoot, locks: Watched) -> None:
+    """Whoever restores it waits, too, and then finds it being read."""
+    back_up(root)
+    keeper = full_log(root)
+    begin, end = beside(locks, lambda _: root.restore("alpha", root.directory / "backup"))
+    disk = Disk(lambda: (keeper.close(), begin()))
+    reader = SqliteReader(root.path("alpha"), "alpha", vfs=disk.NAME)
+    assert disk.opened is None
+    with pytest.raises(Unavailable, match="is being read"):
+        end()
+    assert reader.get(b"c", b"1", NOW_MS) == b"x"
+    reader.close()
+
+
+def test_a_job_that_is_made_anew_while_a_reader_finds_that_it_has_a_log_by_now(
+    root: DirectoryRoot, locks: Watched
+) -> None:
+    """A restored file keeps no log until its owner opens it: who has begun to read it before looks for it then."""
+    back_up(root)
+    root.restore("alpha", root.directory / "backup")
+    began: list[Callable[[], None]] = []
+    disk = Disk(lambda: began.pop()())
+    reader = SqliteReader(root.path("alpha"), "alpha", vfs=disk.NAME)
+    assert reader.get(b"c", b"1", NOW_MS) == b"x"
+    store = root.open("alpha", StoreOptions())
+    store.apply(group(put(b"c", b"1", b"z")), NOW_MS)
+
+    def make_anew(as_far_as_it_gets: Callable[[], None]) -> None:
+        root.drop("alpha")
+        write_twice(root, as_far_as_it_gets)
+
+    begin, end = beside(locks, make_anew)
+    began.append(lambda: (store.close(), begin())[1])
+    with contextlib.suppress(Unavailable):
+        assert reader.get(b"c", b"1", NOW_MS) in (b"x", b"z")
+    assert disk.opened is None
+    end()
+    reader.close()
+
+
+def test_a_job_that_is_dropped_in_the_middle_of_another_drop(root: DirectoryRoot) -> None:
+    """A signal handler, or `__del__`, may drop one whose lock this thread has already."""
+    with openings.undisturbed(root.path("alpha")):
+        assert root.drop("alpha") != []
+
+
+def test_a_job_that_is_dropped_while_it_is_backed_up_or_checked(root: DirectoryRoot) -> None:
+    """Its log is gone, and what is missing in the middle of the work is told as what it is."""
+    for look in (lambda: copying.back_up(root.path("alpha"), root.directory / "another"), lambda: checking_of(root)):
+        store = root.open("alpha", StoreOptions())
+        for at in range(ROWS):
+            store.apply(group(put(b"c", b"%d" % at, b"x" * 50_000)), NOW_MS)
+        steps = look()
+        next(steps)
+        store.close()
+        root.drop("alpha")
+        with pytest.raises(Unavailable, match="was removed or replaced while it was"):
+            for _ in steps:
+                pass
+
+
+def checking_of(root: DirectoryRoot) -> Iterator[Any]:
+    """Check the file, a step at a time."""
+    return checking.check(root.path("alpha"))
+
+
+def back_up(root: DirectoryRoot) -> None:
+    """Make a backup of the job."""
+    for _ in copying.back_up(root.path("alpha"), root.directory / "backup"):
+        pass
 
 
 OPENING = """
