@@ -53,6 +53,8 @@ class Target:
 
 TARGETS = (
     Target("put", "speed", 0.45, 0.75, "apsw", "512 a statement"),
+    Target("put", "speed", 1.3, 2, "rocksdict", "put"),
+    Target("put", "speed", 1.0, 1.5, "plyvel", "put"),
     Target("put", "speed", 30, 45, "diskcache", "set"),
     Target("put", "speed", 80, 150, "aiosqlite", "execute, commit"),
     Target("put-random", "speed", 0.6, 0.9, "apsw", "groups sorted"),
@@ -68,6 +70,7 @@ TARGETS = (
     Target("aget", "speed", 25, 50, "aiosqlite", "execute"),
     Target("aget", "speed", 10, 20, "aiosqlite", "execute_fetchall"),
     Target("aget-64", "speed", 5, 10, "aiosqlite", "execute_fetchall"),
+    Target("aget-64", "speed", 4, 8, "apsw.aio", "async_run"),
     Target("lag", "us", 5_000, 1_000, ours="put, drain"),
     Target("scan", "speed", 0.3, 0.5, "apsw", "fetchall"),
     Target("put-spinning", "speed", 0.05, 0.3, OURS, "alone", "beside one thread"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import diskcache
 
+from benchmarks.contenders.tables import CHECKPOINT_COMMIT_PAGES
 from benchmarks.protocol import Contender, Get, Pair, PutAll, PutOne, Way
 
 SETTINGS = {
@@ -27,6 +28,7 @@ SETTINGS = {
     "sqlite_synchronous": 1,  # NORMAL, its default: the same durability as ours
     "sqlite_mmap_size": 2**28,  # reads of the whole file without copying through the page cache
     "sqlite_cache_size": 2**15,
+    "sqlite_wal_autocheckpoint": CHECKPOINT_COMMIT_PAGES,  # as all have it whose commits are of one row
 }
 
 

@@ -55,6 +55,16 @@ def _put_all(store: Levels) -> PutAll:
     return put_all
 
 
+def _put_single(store: Levels) -> PutAll:
+    # Each put is in the log when it returns; a single put of this engine is what it is compared with.
+    def put_all(rows: Sequence[Pair]) -> None:
+        put = store.database.put
+        for key, payload in rows:
+            put(key, payload)
+
+    return put_all
+
+
 def _get(store: Levels) -> Get:
     get: Get = store.database.get
     return get
@@ -96,6 +106,7 @@ CONTENDER = Contender(
     settings="sync=False, " + ", ".join(f"{name}={value}" for name, value in SETTINGS.items()),
     ways=(
         Way("put", "write_batch of 8,192", _put_all),
+        Way("put", "put", _put_single),
         Way("get", "get", _get),
         Way("commit", "put", _commit),
         Way("scan", "iterator", _scan),
