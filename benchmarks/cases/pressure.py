@@ -2,12 +2,12 @@
 
 A thread that runs pure Python holds the interpreter until it is asked to let go of it, five milliseconds later; so what
 gives the interpreter away and wants it back, be it for a moment, waits. The same holds for a thread that puts without
-a pause, behind whose puts a read of the same store may have to stand as well. Reads follow one another, so where most
-are fast the few slow ones are a small part of all: what a percentile says is how a read fares, not a moment.
+a pause, behind whose puts a read of the same store may have to stand as well.
 
 Rules:
   1. Every thread that is started here is stopped and joined, whatever happens meanwhile; what it failed with is raised.
   2. Beside a producer the reads go on until it has put enough: a few fast reads would be over before it had its turn.
+     There is a moment between two of them: of those back to back most are over while the producer waits.
   3. Of calls that may be slow a few are enough: after two seconds no further one is begun.
   4. How many threads spin, and who produces, is said by the way.
 
@@ -25,7 +25,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
 from threading import Event, Thread
-from time import perf_counter_ns
+from time import perf_counter_ns, sleep
 from typing import Any, TypeVar
 
 from benchmarks.harness import Case, Sample, opened, percentiles, settled_garbage, timed
@@ -36,9 +36,10 @@ from persistency import key
 
 T = TypeVar("T")
 
-READS_SPINNING = 1_000
+READS_SPINNING = 200_000  # as many as there is time for
 SCANS_SPINNING = 10
 SPINNING_NS_MAX = 2_000_000_000
+THINK_SECONDS = 0.001  # between two reads beside a producer
 READS_BESIDE = 500  # at the least; in a small run a part of its rows, for each read may take long
 SMALL_RUN = 10
 PRODUCED_ROWS = 400_000  # at the least, unless there are fewer rows than half of it: then all of them twice
@@ -203,6 +204,7 @@ class _Reads:
     def each(self, get: Get) -> None:
         """Read until it is enough."""
         for wanted in self._wanted():
+            sleep(THINK_SECONDS)
             begun = perf_counter_ns()
             answer = get(wanted)
             self.times.append(perf_counter_ns() - begun)
@@ -211,6 +213,7 @@ class _Reads:
     async def await_each(self, get: AwaitedGet) -> None:
         """Do the same with reads that are awaited."""
         for wanted in self._wanted():
+            await asyncio.sleep(THINK_SECONDS)
             begun = perf_counter_ns()
             answer = await get(wanted)
             self.times.append(perf_counter_ns() - begun)
