@@ -7,6 +7,7 @@ it is shown engines and disks with a planted defect, each of which it has to rep
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import PLACES, Barrier, Batch, Durability, Group, StoreOptions
 from persistency.storage.sqlite import SqliteStore
+from persistency.testing import group, put
 from tests.crash import plants, powered
 from tests.crash.powered import (
     CUTS,
@@ -60,6 +62,28 @@ def one_life(place: Path, seed: int, plan: Plan, steps: int = 12) -> Life:
 
 
 # -- the promise ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [{}, {"max_bytes": 10**6}, {"feed_changes_max": 10}])
+@pytest.mark.parametrize("now", [{}, {"max_bytes": 10**6}, {"feed_changes_max": 10}])
+def test_a_log_that_was_left_behind_is_carried_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: dict[str, int], now: dict[str, int]
+) -> None:
+    """Whatever the job is opened with, and has to read for that: its log isn't gone on with."""
+    store = DirectoryRoot(tmp_path).open("a", StoreOptions(**before))  # type: ignore[arg-type]  # two of its numbers
+    for number in range(5):
+        store.apply(group(put(b"c", b"%d" % number, b"x")), 1)
+    left = tmp_path / "left"
+    left.mkdir()
+    for name in ("a.db", "a.db-wal"):
+        shutil.copy(tmp_path / name, left / name)
+    store.close()
+    store = DirectoryRoot(left).open("a", StoreOptions(**now))  # type: ignore[arg-type]  # as above
+    assert (left / "a.db-wal").stat().st_size == 0
+    assert not store.unsynced
+    assert store.get(b"c", b"4", 1) == b"x"
+    store.close()
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("durability", DURABILITIES)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import apsw
 
-from persistency.storage import schema
-from persistency.storage.changes import DROPPED, Changes
+from persistency.storage.changes import DROPPED, Changes, has_changes, keep_changes
 from persistency.storage.port import StoreOptions
 from persistency.storage.quota import USED, USED_MS, Quota, count_used
 from persistency.storage.table import Table
@@ -32,9 +31,9 @@ def keep_beside(
     elif USED in stored:
         outdated.append(USED)
     if options.feed_changes_max:
-        dropped = schema.keep_changes(connection, stored.get(DROPPED), table.version)
+        dropped = keep_changes(connection, stored.get(DROPPED), table.version)
         table.changes = Changes(connection, table.execute, options.feed_changes_max, dropped)
-    elif schema.has_changes(connection):
+    elif has_changes(connection):
         table.reaping_counts = True
         outdated += [DROPPED] if DROPPED in stored else []
     return tuple(outdated)

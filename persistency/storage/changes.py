@@ -24,6 +24,7 @@ from typing import Any, get_args
 import apsw
 
 from persistency.errors import Corrupt, FeedTruncated
+from persistency.storage import schema
 from persistency.storage.bulk import Chunk
 from persistency.storage.port import ChangeKind, Failed, ListChanges, StoredChange
 
@@ -45,6 +46,28 @@ _ADD_ENDED = (
 _OLDEST = "SELECT min(version) FROM changes WHERE version > ?"
 _LAST_OF_OLDEST = "SELECT version FROM changes ORDER BY version LIMIT 1 OFFSET ?"
 _DROP = "DELETE FROM changes WHERE version <= ?"
+
+
+def has_changes(connection: apsw.Connection) -> bool:
+    """Say whether a file has a table of changes."""
+    return connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'changes'").fetchone() is not None
+
+
+def keep_changes(connection: apsw.Connection, dropped: int | None, last_version: int) -> int:
+    """Give a file its table of changes; return the highest version that is no longer kept.
+
+    `dropped` is what the file says of that; if it says nothing there is a gap, and those it has are of no use.
+    """
+    there = has_changes(connection)
+    if there and dropped is not None and dropped <= last_version:
+        beyond = connection.execute("SELECT 1 FROM changes WHERE version > ? LIMIT 1", (last_version,)).fetchone()
+        if beyond is None:  # else somebody else has written there
+            return dropped
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("DELETE FROM changes" if there else schema.CHANGES)
+    connection.execute(schema.NOTE, (DROPPED, last_version))
+    connection.execute("COMMIT")
+    return last_version
 
 
 class Changes:

@@ -45,7 +45,7 @@ class DirectoryRoot:
             if not files.clear_leftovers(path):
                 self._adopt(job_id, path)
             left_log = bool(files.size(files.sidecars(path)[0]))
-            connection, stored = self._connect(job_id, path, claim, options)
+            connection, stored = self._connect(job_id, path, claim, options, left_log=left_log)
             try:
                 return SqliteStore(connection, stored, options, path, claim, self._vfs, left_log=left_log)
             except BaseException:
@@ -59,7 +59,7 @@ class DirectoryRoot:
             raise
 
     def _connect(
-        self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions
+        self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions, *, left_log: bool = False
     ) -> tuple[apsw.Connection, dict[str, int]]:
         """Return a connection to the job's file, or to a fresh one, if the job has ended; and the file's numbers."""
         if not files.size(path):
@@ -78,7 +78,11 @@ class DirectoryRoot:
         try:
             stored = schema.read_meta(connection)
             claim.check(stored["last_version"])
-            schema.check_job_id(connection, job_id, path, write=not stored["last_version"])
+            schema.check_job_id(connection, job_id, path, write=False)
+            if left_log:
+                schema.cut_off(connection)
+            if not stored["last_version"]:
+                schema.check_job_id(connection, job_id, path)
             ends_ms = stored.get(schema.ENDS)
             if ends_ms is None or options.now_ms < ends_ms:
                 if options.expires_ms is not None:

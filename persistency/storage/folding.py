@@ -46,6 +46,9 @@ class Folding:
         """Run a group. To be overridden."""
         raise NotImplementedError
 
+    def _begin_read(self) -> None:
+        """Begin a read transaction, unless there is one. To be overridden."""
+
     def _end_read(self) -> None:
         """End what is left of a read transaction. To be overridden."""
 
@@ -59,6 +62,8 @@ class Folding:
         commit that is whole, and where the same is written again the lost commits behind that one count anew.
         """
         self._log.unsynced = True
+        self._begin_read()  # ends what was read while it was opened, beside which nothing is carried over
+        self._end_read()
         try:
             if self._log.cut_off():
                 return

@@ -64,7 +64,7 @@ CREATE INDEX kv_expires ON kv (expires_ms) WHERE expires_ms IS NOT NULL;
 CREATE TABLE meta (name TEXT NOT NULL PRIMARY KEY, value) WITHOUT ROWID;
 INSERT INTO meta VALUES ('last_version', 0), ('clean', 1), ('syncs', 0);
 """
-_CHANGES = """
+CHANGES = """
 CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category BLOB NOT NULL, key BLOB NOT NULL,
                       payload BLOB, stop BLOB);
 """
@@ -76,7 +76,7 @@ ENDS = "expires_ms"  # the job's own end
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
-_OWN = frozenset(text.strip() for text in (_KV + _REST + _CHANGES).split(";") if "CREATE" in text)  # in a file it made
+_OWN = frozenset(text.strip() for text in (_KV + _REST + CHANGES).split(";") if "CREATE" in text)  # in a file it made
 
 # Name, declared type, NOT NULL, place in the primary key; hidden columns count.
 _COLUMNS_1 = [("category", "BLOB", 1, 1), ("key", "BLOB", 1, 2), ("payload", "BLOB", 1, 0)]
@@ -194,11 +194,11 @@ def open_file(path: Path, vfs: str | None = None, *, write: bool = False, immuta
 
     Without `write` to read it only; `immutable`: as it lies there, without locks, and without the log beside it.
     """
-    _check_not_inherited(str(path))
+    _check_not_inherited(name := str(path))
     flags = apsw.SQLITE_OPEN_NOFOLLOW | (apsw.SQLITE_OPEN_READWRITE if write else apsw.SQLITE_OPEN_READONLY)
-    name = str(path)
     if immutable:
-        name, flags = path.absolute().as_uri() + "?immutable=1", flags | apsw.SQLITE_OPEN_URI
+        quoted = str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        name, flags = f"file://{quoted}?immutable=1", flags | apsw.SQLITE_OPEN_URI
     connection = apsw.Connection(name, flags=flags, vfs=vfs or _VFS, statementcachesize=64)
     _opened[connection] = str(path)
     try:
@@ -225,6 +225,23 @@ def _look_first(path: Path, vfs: str | None) -> None:
                 shutil.copyfile(file, copy.with_name(file.name))
             with contextlib.closing(open_file(copy, write=True)) as connection:
                 recognise(connection, path)
+
+
+def cut_off(connection: apsw.Connection) -> None:
+    """Carry over a log that was left behind, if nobody else reads there; to be called before anything is written.
+
+    What a power cut has torn ends before the tear. But the same statements, written there once more, would take the
+    place of what was torn, and what was lost behind it be there again. Raises `StorageError`.
+    """
+    connection.set_busy_timeout(0)
+    try:
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    except (apsw.BusyError, apsw.FullError) as error:  # the store tries again, and tells
+        log.debug("a log that was left behind: %s", error)
+    except apsw.Error as error:
+        raise translated(error, "a log that was left behind can't be carried over") from error
+    finally:
+        connection.set_busy_timeout(BUSY_MS)
 
 
 def own_log(connection: apsw.Connection) -> None:
@@ -325,8 +342,7 @@ def _as_defined(connection: apsw.Connection, found: int, definitions: list[tuple
 
 
 def _set_up(connection: apsw.Connection, path: Path, durability: Durability) -> None:
-    mode = connection.pragma("journal_mode", "wal")
-    if mode != "wal":
+    if (mode := connection.pragma("journal_mode", "wal")) != "wal":
         raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
     connection.pragma("wal_autocheckpoint", 0)  # it runs inside COMMIT and can make a committed write look failed
     connection.pragma("temp_store", "memory")
@@ -335,6 +351,7 @@ def _set_up(connection: apsw.Connection, path: Path, durability: Durability) -> 
 
 def migrate(connection: apsw.Connection, found: int) -> None:
     """Bring a file of an older format to the current one, in one transaction."""
+    cut_off(connection)
     connection.execute("BEGIN IMMEDIATE")
     try:
         while found != FORMAT:
@@ -348,28 +365,6 @@ def migrate(connection: apsw.Connection, found: int) -> None:
         raise
     # The tables must not hang on a log file alone: without it there would be nothing to read.
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-
-
-def has_changes(connection: apsw.Connection) -> bool:
-    """Say whether a file has a table of changes."""
-    return connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'changes'").fetchone() is not None
-
-
-def keep_changes(connection: apsw.Connection, dropped: int | None, last_version: int) -> int:
-    """Give a file its table of changes; return the highest version that is no longer kept.
-
-    `dropped` is what the file says of that; if it says nothing there is a gap, and those it has are of no use.
-    """
-    there = has_changes(connection)
-    if there and dropped is not None and dropped <= last_version:
-        beyond = connection.execute("SELECT 1 FROM changes WHERE version > ? LIMIT 1", (last_version,)).fetchone()
-        if beyond is None:  # else somebody else has written there
-            return dropped
-    connection.execute("BEGIN IMMEDIATE")
-    connection.execute("DELETE FROM changes" if there else _CHANGES)
-    connection.execute(NOTE, ("changes_dropped", last_version))
-    connection.execute("COMMIT")
-    return last_version
 
 
 def check_job_id(connection: apsw.Connection, job_id: str, path: Path, *, write: bool = True) -> None:

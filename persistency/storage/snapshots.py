@@ -20,7 +20,7 @@ import apsw
 
 from persistency.errors import Closed, Corrupt, JobNotFound, Misuse, PersistencyError, Unavailable
 from persistency.storage import schema
-from persistency.storage.changes import DROPPED, Changes
+from persistency.storage.changes import DROPPED, Changes, has_changes
 from persistency.storage.port import Failed, ListChanges
 from persistency.storage.quota import USED, USED_MS, Quota
 from persistency.storage.table import LATEST_MS, Table
@@ -129,7 +129,7 @@ class Snapshots:
         return table
 
     def _kept_changes(self, connection: apsw.Connection, table: Table, dropped: int | None) -> Changes | None:
-        if dropped is None or not schema.has_changes(connection):
+        if dropped is None or not has_changes(connection):
             return None
         if self._changes is None:
             # What is committed was trimmed by its owner, who alone knows how many are kept.
