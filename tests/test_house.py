@@ -99,6 +99,7 @@ FLOORS = [
     "storage.bulk",
     "storage.soundness",
     "storage.wal",
+    "storage.looking",
     "storage.strangers",
     "storage.schema",
     "storage.memory",

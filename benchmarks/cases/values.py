@@ -138,7 +138,7 @@ def _decoded(contender: Contender) -> Contender:
 
 
 def _objects(contender: Contender, workload: Workload) -> list[tuple[bytes, Any]]:
-    return workload.for_contender(contender, packages(min(OBJECTS, workload.rows)))  # type: ignore[arg-type]  # Keys
+    return workload.for_contender(contender, packages(min(OBJECTS, workload.rows)))  # type: ignore[arg-type]  # objects, which it hands on
 
 
 def _put_objects(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 
-from benchmarks.protocol import Pair
+from benchmarks.protocol import Pair, PutAll, PutOne
 
 GROUP_ROWS = 8_192
 GROUP_BYTES = 2**23
@@ -31,6 +31,16 @@ def sorted_groups(rows: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
     """Cut rows into groups, each of them in key order."""
     for group in groups(rows):
         yield sorted(group, key=itemgetter(0))
+
+
+def one_by_one(put: PutOne) -> PutAll:
+    """Return what puts rows by one call each."""
+
+    def put_all(rows: Sequence[Pair]) -> None:
+        for key, payload in rows:
+            put(key, payload)
+
+    return put_all
 
 
 def _group_rows(rows: Sequence[Pair]) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import plyvel
 
-from benchmarks.contenders.groups import groups
+from benchmarks.contenders.groups import groups, one_by_one
 from benchmarks.protocol import Contender, Get, Iterate, Pair, PutAll, PutOne, Scan, Way
 
 SETTINGS = {
@@ -57,12 +57,7 @@ def _put_all(store: Levels) -> PutAll:
 
 def _put_single(store: Levels) -> PutAll:
     # Each put is in the log when it returns; a single put of this engine is what it is compared with.
-    def put_all(rows: Sequence[Pair]) -> None:
-        put = store.database.put
-        for key, payload in rows:
-            put(key, payload)
-
-    return put_all
+    return one_by_one(store.database.put)
 
 
 def _get(store: Levels) -> Get:

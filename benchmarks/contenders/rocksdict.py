@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import rocksdict
 
-from benchmarks.contenders.groups import groups
+from benchmarks.contenders.groups import groups, one_by_one
 from benchmarks.protocol import Contender, Get, GetMany, Iterate, Pair, PutAll, PutOne, Scan, Way
 
 CACHE_BYTES = 2**28
@@ -71,12 +71,7 @@ def _put_all(store: Merged) -> PutAll:
 
 def _put_single(store: Merged) -> PutAll:
     # Each put is in the log when it returns; a single put of this engine is what it is compared with.
-    def put_all(rows: Sequence[Pair]) -> None:
-        put = store.database.put
-        for key, payload in rows:
-            put(key, payload)
-
-    return put_all
+    return one_by_one(store.database.put)
 
 
 def _get(store: Merged) -> Get:

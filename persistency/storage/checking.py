@@ -19,10 +19,9 @@ from typing import Any, TypeAlias, get_args
 import apsw
 
 from persistency.errors import Corrupt, Unavailable
-from persistency.storage import schema
+from persistency.storage import looking, schema
 from persistency.storage.changes import DROPPED
 from persistency.storage.files import identity
-from persistency.storage.openings import undisturbed
 from persistency.storage.port import ChangeKind
 from persistency.storage.quota import USED, USED_MS
 from persistency.storage.table import LATEST_MS
@@ -82,14 +81,7 @@ def check(path: Path, *, vfs: str | None = None) -> Steps:
     """
     was = identity(path)
     try:
-        with undisturbed(path):
-            connection = schema.open_file(path, vfs)
-            try:
-                connection.execute("BEGIN")
-                connection.pragma("user_version")  # it hasn't looked for a log before
-            except BaseException:
-                schema.close(connection)
-                raise
+        connection = looking.begin(path, vfs)
         try:
             found = schema.recognise(connection, path)
             problems = _Problems()

@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TypeAlias
 import apsw
 
 from persistency.errors import Corrupt, DiskFull, Misuse, StorageError, Unavailable
-from persistency.storage import files, schema, strangers
+from persistency.storage import files, looking, schema, strangers
 from persistency.storage.openings import undisturbed
 from persistency.storage.quota import USED_MS
 from persistency.storage.table import LATEST_MS
@@ -256,12 +256,8 @@ def _beside(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _reading(path: Path, vfs: str | None, *, immutable: bool = False) -> Iterator[apsw.Connection]:
     """Give a connection to read a file with, in one read transaction."""
-    with contextlib.ExitStack() as stack:
-        with undisturbed(path):
-            connection = schema.open_file(path, vfs, immutable=immutable)
-            stack.enter_context(_ending(connection, lambda: schema.close(connection)))
-            connection.execute("BEGIN")
-            connection.pragma("user_version")  # it hasn't looked for a log before
+    connection = looking.begin(path, vfs, immutable=immutable)
+    with _ending(connection, lambda: schema.close(connection)):
         yield connection
 
 
