@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key, pack
-from persistency.codec.values import INT_BYTES_MAX
 from persistency.errors import Misuse
 from persistency.storage.port import PAYLOAD_BYTES_MAX
 
@@ -214,15 +213,6 @@ def as_ttl_ms(value: Any, argument: str = "ttl") -> int:
 def as_end(ttl: Any, now_ms: Callable[[], int]) -> int | None:
     """Return the Unix time in milliseconds at which what lives so long from now ends; `None`: never."""
     return None if ttl is None else now_ms() + as_ttl_ms(ttl)
-
-
-def as_delta(value: Any) -> int:
-    """Return by how much to count; any int but a bool."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise Misuse(f"delta must be an int, not {type(value).__name__}: pass 1, or -1")
-    if value.bit_length() > 8 * INT_BYTES_MAX - 1:
-        raise Misuse(f"delta is too large to be stored: pass an int of up to {INT_BYTES_MAX} bytes")
-    return int(value)
 
 
 def as_swapped(value: Any, argument: str) -> bytes | None:

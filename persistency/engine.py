@@ -15,7 +15,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import fields
 from os import PathLike, fspath, urandom
 from pathlib import Path
 from typing import Any, ClassVar
@@ -375,4 +374,4 @@ def _in_child() -> None:
 
 _everywhere: weakref.WeakSet[Persistency] = weakref.WeakSet()
 lifecycle.in_child.append((__name__, "_in_child"))
-_OPTION_NAMES = {field.name for field in fields(JobOptions)} - {"ttl_ms"} | {"ttl"}
+_OPTION_NAMES = set(JobOptions._fields) - {"ttl_ms"} | {"ttl"}

@@ -153,7 +153,9 @@ class Job(Reads):
 
         A missing row counts as 0; an expiry stays. Raises `Conflict` if what is there isn't an integer.
         """
-        return self._write(messages.add(category, key, delta))
+        from persistency.counting import add  # only here: few count, and it needs to know of values
+
+        return self._write(add(category, key, delta))
 
     def touch(self, category: str, key: KeyLike, ttl: Ttl | None) -> Reply[bool]:
         """Have a row end after `ttl` from now (`None`: not at all), and answer whether there was one.

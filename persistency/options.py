@@ -10,9 +10,8 @@ Doesn't know: what the options do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from persistency.actor.bounds import Bounds, OnFull
 from persistency.arguments import as_choice, as_count, as_flag, as_limit, as_seconds, as_ttl_ms
@@ -34,8 +33,7 @@ class Default(Enum):
 DEFAULT: Final = Default.DEFAULT
 
 
-@dataclass(frozen=True, slots=True)
-class JobOptions:
+class JobOptions(NamedTuple):
     """How a job runs. The defaults are those of `Persistency.open_job`."""
 
     durability: Durability = "process"
@@ -106,6 +104,5 @@ def checked(given: dict[str, Any]) -> dict[str, Any]:
 
 def differing(options: JobOptions, given: dict[str, Any]) -> list[str]:
     """Return the names of the given options that differ from a job's own."""
-    names = {field.name for field in fields(JobOptions)}
-    different = [name for name in names & given.keys() if getattr(options, name) != given[name]]
+    different = [name for name in given.keys() & set(JobOptions._fields) if getattr(options, name) != given[name]]
     return sorted(name.removesuffix("_ms") for name in different)

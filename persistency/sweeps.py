@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable
-from fractions import Fraction
 from os import PathLike
 
 from persistency.arguments import as_file
@@ -35,6 +34,8 @@ def _as_bytes(value: object, argument: str) -> int:
     found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if found is None:
         raise Misuse(f'{argument} must be bytes, not {value!r}: pass 500_000_000, "500MB" or "2GiB"')
+    from fractions import Fraction  # only here: hardly any service sets a size as text
+
     return int(Fraction(found[1]) * _UNITS[(found[2] or "").lower()])
 
 

@@ -121,7 +121,9 @@ class Transaction:
 
     def increment(self, category: str, key: KeyLike, delta: int = 1) -> int:
         """Count a CBOR integer up and return it; see `Job.increment`. Raises `Conflict` if it isn't an integer."""
-        return self._do(messages.add(category, key, delta))  # type: ignore[no-any-return]  # an int
+        from persistency.counting import add  # only here, as in `Job.increment`
+
+        return self._do(add(category, key, delta))  # type: ignore[no-any-return]  # an int
 
     def touch(self, category: str, key: KeyLike, ttl: Ttl | None) -> bool:
         """Have a row end after `ttl` from now (`None`: not at all) and return whether it was there."""

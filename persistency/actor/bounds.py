@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from persistency.errors import Overloaded, PersistencyError
 
 OnFull = Literal["block", "raise"]
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """How much is waiting, and how many write operations were accepted in all."""
 
     ops: int
@@ -31,8 +29,7 @@ class Level:
     accepted: int
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(NamedTuple):
     """How much may wait: write operations, their bytes, requests; and what a plain thread does where it is full."""
 
     ops_max: int = 8192

@@ -27,29 +27,27 @@ Doesn't know: categories, values, files, SQL, which keys exist.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, Self
-from uuid import UUID
 
+from persistency.codec.parts import (
+    DECODERS,
+    ENCODERS,
+    LARGEST,
+    encode_float,
+    encode_int,
+    encode_text,
+    plain_bytes,
+    unescape,
+)
 from persistency.errors import Misuse
 
 KEY_BYTES_MAX = 8192  # The longest key a job takes, encoded.
 # A tuple that holds one tuple twice, which holds another twice, ..., would double its size at each of the levels.
 _NESTED_BYTES_MAX = 8 * KEY_BYTES_MAX
 _DEPTH_MAX, _MEMO_TEXTS_MAX, _MEMO_CHARS_MAX = 64, 4096, 64
-# An int's type code stands in front of its bytes, so one `to_bytes` writes both; the smallest are ready made.
-_POSITIVE = tuple((0x14 + n) << 8 * n for n in range(9))
-_LARGEST = tuple((1 << 8 * n) - 1 for n in range(256))
-_NEGATIVE = tuple(((0x14 - n) << 8 * n) + _LARGEST[n] for n in range(9))
-_BYTE_INTS = (b"\x14", *(bytes((0x15, value)) for value in range(1, 256)))
-_pack_four = struct.Struct(">I").pack
-_DOUBLE, _EIGHT, _CODE_DOUBLE, _CODE_EIGHT = map(struct.Struct, (">d", ">Q", ">Bd", ">BQ"))
-_SIGN, _ALL_BITS = 1 << 63, (1 << 64) - 1
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROS_MIN, _MICROS_MAX = -62_135_596_800_000_000, 253_402_300_799_999_999  # The years 1 to 9999.
 
 
 class Key(bytes):
@@ -74,7 +72,7 @@ class Key(bytes):
                     end = self.index(0, pos)
                     raw, after = self[pos:end], end + 1
                     if after < size and self[after] == 0xFF:
-                        raw, after = _unescape(self, pos, after)
+                        raw, after = unescape(self, pos, after)
                     parts.append(raw.decode() if code == 0x02 else raw)
                     pos = after
                 elif 0x14 < code < 0x1C and self[pos]:
@@ -83,7 +81,7 @@ class Key(bytes):
                     pos = end
                 elif 0x0C < code < 0x14 and self[pos] != 0xFF:
                     end = pos + 0x14 - code
-                    parts.append(int.from_bytes(self[pos:end], "big") - _LARGEST[end - pos])
+                    parts.append(int.from_bytes(self[pos:end], "big") - LARGEST[end - pos])
                     pos = end
                 elif code == 0x05:
                     if len(outer) == _DEPTH_MAX:
@@ -91,7 +89,7 @@ class Key(bytes):
                     outer.append(parts)
                     parts = []
                 elif code:
-                    value, pos = _DECODERS[code](self, pos)
+                    value, pos = DECODERS[code](self, pos)
                     parts.append(value)
                 elif outer and (pos == size or self[pos] != 0xFF):
                     outer[-1].append(tuple(parts))
@@ -128,7 +126,7 @@ class RawKey(Key):
     __slots__ = ()
 
     def __new__(cls, data: bytes | bytearray | memoryview) -> Self:  # noqa: D102  # the class says it
-        return super().__new__(cls, _plain(data))
+        return super().__new__(cls, plain_bytes(data))
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -151,7 +149,7 @@ def key(*parts: Any) -> Key:
         first, second = parts
         if type(first) is str:
             if type(second) is int:
-                return Key(_TEXTS[first] + _integer(second))
+                return Key(_TEXTS[first] + encode_int(second))
             if type(second) is str:
                 return Key(_TEXTS[first] + _TEXTS[second])
     return Key(pack(parts))
@@ -213,7 +211,7 @@ class KeyRange:
             raise Misuse(f"text must be a str, not {type(text).__name__}")
         # Text without its end. The successor is exact after a NUL (00 FF) too, since nothing sorts between 00 FF and
         # 01 within a text, and there always is one: the type code isn't FF.
-        start = b"%b%b" % (parent, _text(text)[:-1])
+        start = b"%b%b" % (parent, encode_text(text)[:-1])
         return cls(RawKey(start), _successor(start))
 
 
@@ -234,7 +232,7 @@ def _shown(part: Any) -> str:
     if isinstance(part, tuple):
         return f"({', '.join(map(_shown, part))}{',' if len(part) == 1 else ''})"
     if isinstance(part, float) and part - part != 0:
-        if _float(float(repr(part))) != _float(part):
+        if encode_float(float(repr(part))) != encode_float(part):
             raise Misuse("no expression gives this NaN")
         return f"float('{part}')"
     return repr(part)
@@ -244,7 +242,7 @@ class _Texts(dict[str, bytes]):
     """The memo of encoded texts, for names repeat in keys. Exact `str` objects only, short ones, not too many."""
 
     def __missing__(self, text: str) -> bytes:
-        encoded = _text(text)
+        encoded = encode_text(text)
         if len(text) <= _MEMO_CHARS_MAX:
             # Dropping all costs each newcomer a few nanoseconds; an order of eviction would cost every hit.
             if len(self) >= _MEMO_TEXTS_MAX:
@@ -264,11 +262,11 @@ def pack(parts: tuple[Any, ...], depth: int = 0) -> bytes:
         if kind is str:
             pieces.append(_TEXTS[part])
         elif kind is int:
-            pieces.append(_integer(part))
+            pieces.append(encode_int(part))
         elif part is None:
             pieces.append(b"\x00\xff" if depth else b"\x00")
         else:
-            encoder = _ENCODERS.get(kind)
+            encoder = ENCODERS.get(kind)
             pieces.append(encoder(part) if encoder is not None else _encode(part, depth))
     return b"".join(pieces)
 
@@ -277,6 +275,8 @@ def _encode(part: Any, depth: int) -> bytes:
     """One part of a type that holds others or is derived from another."""
     if isinstance(part, Enum):
         return pack((part._value_,), depth)
+    if "uuid" in sys.modules and isinstance(part, sys.modules["uuid"].UUID):  # only who has made one has it
+        return b"\x30%b" % part.bytes
     if isinstance(part, Key):
         if depth or isinstance(part, RawKey):
             where = "nested tuple" if depth else "key"
@@ -291,110 +291,10 @@ def _encode(part: Any, depth: int) -> bytes:
         if len(nested) > _NESTED_BYTES_MAX:
             raise Misuse(f"a nested tuple in a key is too long: over {_NESTED_BYTES_MAX} bytes")
         return nested
-    for base, encoder in _ENCODERS.items():
+    for base, encoder in ENCODERS.items():
         if isinstance(part, base):
             # What pickle keeps of a text or number is the plain value, whatever operators its subclass has.
             plain = getattr(base, "__getnewargs__", None)
             return encoder(plain(part)[0] if plain is not None else part)
     hint = "Use a tuple: tuple(part)." if isinstance(part, list) else "help(persistency.key) lists the types."
     raise Misuse(f"a part of a key can't be a {type(part).__name__}", hint=hint)
-
-
-def _text(text: str) -> bytes:
-    try:
-        return b"\x02" + str.encode(text).replace(b"\x00", b"\x00\xff") + b"\x00"
-    except UnicodeEncodeError as error:
-        raise Misuse(f"a str in a key can't have lone surrogates: {error}", hint="Pass it as bytes.") from error
-
-
-def _plain(value: bytes | bytearray | memoryview) -> bytes:
-    try:
-        return memoryview(value).tobytes()
-    except (TypeError, ValueError) as error:
-        raise Misuse(f"can't take bytes from {type(value).__name__}: {error}", hint="RawKey takes bytes.") from error
-
-
-def _integer(value: int) -> bytes:
-    if 0 <= value < 0x1000000:
-        if value < 0x100:
-            return _BYTE_INTS[value]
-        if value >= 0x10000:
-            return _pack_four(value | 0x17000000)
-    size = (value.bit_length() + 7) >> 3
-    # The Python package of FoundationDB writes the limit itself, which eight bytes would hold, in the long form.
-    if -_ALL_BITS < value < _ALL_BITS:
-        return (value + (_POSITIVE if value > 0 else _NEGATIVE)[size]).to_bytes(size + 1, "big")
-    if size > 255:
-        raise Misuse(f"an int in a key can have at most 255 bytes, not {size}")
-    if value > 0:
-        return bytes((0x1D, size)) + value.to_bytes(size, "big")
-    return bytes((0x0B, size ^ 0xFF)) + (value + _LARGEST[size]).to_bytes(size, "big")
-
-
-def _float(value: float) -> bytes:
-    if value > 0:
-        return _CODE_DOUBLE.pack(0x21, -value)
-    (bits,) = _EIGHT.unpack(_DOUBLE.pack(value))
-    return _CODE_EIGHT.pack(0x21, bits ^ (_ALL_BITS if bits & _SIGN else _SIGN))
-
-
-def _datetime(value: datetime) -> bytes:
-    if value.utcoffset() is None:
-        raise Misuse("a datetime in a key must be aware, not naive", hint="If it is UTC: value.replace(tzinfo=UTC).")
-    # The base's own subtraction: a subclass may answer in a type of its own.
-    since = datetime.__sub__(value, _EPOCH)
-    micros = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
-    if not _MICROS_MIN <= micros <= _MICROS_MAX:
-        raise Misuse("a datetime in a key must lie within the years 1 to 9999 of UTC")
-    return _CODE_EIGHT.pack(0x40, micros + _SIGN)
-
-
-# Looked up by exact type first, so that a bool is no int; subclasses are found by their base afterwards.
-_ENCODERS: dict[type, Callable[[Any], bytes]] = {
-    str: _text,
-    int: _integer,
-    bytes: lambda value: b"\x01" + value.replace(b"\x00", b"\x00\xff") + b"\x00",
-    float: _float,
-    bool: lambda value: b"\x27" if value else b"\x26",
-    UUID: lambda value: b"\x30" + value.bytes,
-    datetime: _datetime,
-    bytearray: lambda value: key(_plain(value)),
-    memoryview: lambda value: key(_plain(value)),
-}
-
-
-def _unescape(data: bytes, start: int, pos: int) -> tuple[bytes, int]:
-    while data[pos : pos + 1] == b"\xff":
-        pos = data.index(0, pos) + 1
-    return data[start : pos - 1].replace(b"\x00\xff", b"\x00"), pos
-
-
-def _decode_int(data: bytes, pos: int) -> tuple[int, int]:
-    """Any int; encoding it again refuses every second spelling (leading zeros, the long form of a short one)."""
-    start, code = pos - 1, data[pos - 1]
-    size = abs(code - 0x14)
-    if size == 9:
-        size = data[pos] ^ (0xFF if code == 0x0B else 0)
-        pos += 1
-    end = pos + size
-    value = int.from_bytes(data[pos:end], "big") - (_LARGEST[size] if code < 0x14 else 0)
-    if _integer(value) != data[start:end]:
-        raise ValueError("an int in another spelling than ours")
-    return value, end
-
-
-def _decode_float(data: bytes, pos: int) -> tuple[float, int]:
-    # Where the encoding has flipped the sign alone, the minus flips it back, of a NaN too.
-    if data[pos] & 0x80:
-        return -_DOUBLE.unpack_from(data, pos)[0], pos + 8
-    return _DOUBLE.unpack(_EIGHT.pack(_EIGHT.unpack_from(data, pos)[0] ^ _ALL_BITS))[0], pos + 8
-
-
-_DECODERS: dict[int, Callable[[bytes, int], tuple[Any, int]]] = {
-    **dict.fromkeys(range(0x0B, 0x1E), _decode_int),
-    0x21: _decode_float,
-    0x26: lambda _, pos: (False, pos),
-    0x27: lambda _, pos: (True, pos),
-    0x30: lambda data, pos: (UUID(int=int.from_bytes(data[pos : pos + 16], "big")), pos + 16),
-    0x40: lambda data, pos: (_EPOCH + timedelta(microseconds=_EIGHT.unpack_from(data, pos)[0] - _SIGN), pos + 8),
-}

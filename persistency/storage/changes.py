@@ -50,7 +50,7 @@ _DROP = "DELETE FROM changes WHERE version <= ?"
 
 def has_changes(connection: apsw.Connection) -> bool:
     """Say whether a file has a table of changes."""
-    return connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'changes'").fetchone() is not None
+    return connection.table_exists("main", "changes")
 
 
 def keep_changes(connection: apsw.Connection, dropped: int | None, last_version: int) -> int:

@@ -170,7 +170,7 @@ def _take(source: Path, copy: Path, vfs: str | None) -> int:
         if not found:
             raise Corrupt(f"{str(source)!r} isn't a job's file: it is empty", hint="Take another backup.")
         if found == schema.FORMAT:
-            stored = schema.read_meta(connection)
+            stored, _ = schema.read_meta(connection)
             if max(stored.get(name, 0) for name in (LATEST_MS, USED_MS)) > schema.TIME_MS_MAX:
                 raise Corrupt(f"the time in {str(source)!r} is beyond any clock's", hint="Take another backup.")
         for _ in _copied(connection, copy, vfs):

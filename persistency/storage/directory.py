@@ -42,12 +42,13 @@ class DirectoryRoot:
         files.make_root(self.directory)
         claim = files.Claim(path)
         try:
-            if not files.clear_leftovers(path):
+            there = files.clear_leftovers(path)
+            if there.database is None:
                 self._adopt(job_id, path)
-            left_log = bool(files.size(files.sidecars(path)[0]))
-            connection, stored = self._connect(job_id, path, claim, options, left_log=left_log)
+                there = files.clear_leftovers(path)
+            connection, stored = self._connect(job_id, path, claim, options, there)
             try:
-                return SqliteStore(connection, stored, options, path, claim, self._vfs, left_log=left_log)
+                return SqliteStore(connection, stored, options, path, claim, self._vfs, left_log=bool(there.log))
             except BaseException:
                 schema.close(connection)
                 raise
@@ -59,30 +60,30 @@ class DirectoryRoot:
             raise
 
     def _connect(
-        self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions, *, left_log: bool = False
+        self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions, there: files.Sizes
     ) -> tuple[apsw.Connection, dict[str, int]]:
         """Return a connection to the job's file, or to a fresh one, if the job has ended; and the file's numbers."""
-        if not files.size(path):
+        if not there.database:
             if options.must_exist:
                 raise Corrupt(
                     f"job {job_id!r} was dropped while it rested",
                     hint="Close the job; opened again it is what is there now.",
                 )
-            if files.size(path) == 0:
+            if there.database == 0:
                 claim.check(0)
             elif claim.record.version:  # whoever removes a job's file means it
                 log.warning("job %r: its file, which was there, is gone; it begins anew", job_id)
                 claim.note(0, options.now_ms, None)
             files.prepare(path)
-        connection = schema.connect(path, options.durability, self._vfs, lambda: claim.check(0))
+        connection = schema.connect(path, options.durability, self._vfs, lambda: claim.check(0), there)
         try:
-            stored = schema.read_meta(connection)
+            stored, its_id = schema.read_meta(connection)
             claim.check(stored["last_version"])
-            schema.check_job_id(connection, job_id, path, write=False)
-            if left_log:
+            schema.check_job_id(its_id, job_id, path)
+            if there.log:
                 schema.cut_off(connection)
-            if not stored["last_version"]:
-                schema.check_job_id(connection, job_id, path)
+            if its_id is None and not stored["last_version"]:
+                schema.write_job_id(connection, job_id, path)
             ends_ms = stored.get(schema.ENDS)
             if ends_ms is None or options.now_ms < ends_ms:
                 if options.expires_ms is not None:
@@ -101,7 +102,7 @@ class DirectoryRoot:
         schema.close(connection)
         files.remove(path, lock=False)
         claim.note(0, options.now_ms, None)
-        return self._connect(job_id, path, claim, options)
+        return self._connect(job_id, path, claim, options, files.Sizes(None, 0, 0))
 
     def _adopt(self, job_id: str, path: Path) -> None:
         """Take over a file of the Nim original, which was named by the id as it stands."""
@@ -155,7 +156,7 @@ class DirectoryRoot:
         claim = files.Claim(target)
         try:
             with contextlib.suppress(Corrupt):  # a log without its file: one more reason to restore
-                if not files.clear_leftovers(target):
+                if files.clear_leftovers(target).database is None:
                     self._adopt(job_id, target)  # else it would be taken for the job at the next opening
             known, was = claim.record, files.identity(target)
             claim.note(0, known.used_ms or 0, None)  # what was known is of what was there before

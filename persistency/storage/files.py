@@ -75,21 +75,35 @@ def sidecars(path: Path) -> list[Path]:
     return [Path(text + suffix) for suffix in SIDECARS]
 
 
+class Sizes(NamedTuple):
+    """What lies in a job's place, in bytes: its database (`None`: nothing), and the log and the journal beside it."""
+
+    database: int | None
+    log: int
+    journal: int
+
+
 def check_regular(path: Path) -> bool:
     """Return whether the file exists. Raises `Unavailable` if it is anything but a regular file with one name."""
+    return _regular_size(str(path)) is not None
+
+
+# Names are text here: an opening looks at many of them, and a `Path` costs more than to look.
+def _regular_size(path: str) -> int | None:
+    """Return the size of a file, or `None` if there is none. Raises what `check_regular` does."""
     try:
-        found = path.lstat()
+        found = os.lstat(path)
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
-        raise Unavailable(f"{str(path)!r} can't be looked at: {error}") from error
+        raise Unavailable(f"{path!r} can't be looked at: {error}") from error
     if not stat.S_ISREG(found.st_mode):
         kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        raise Unavailable(f"{str(path)!r} is {kind}, not a job's file", hint="Move it away; nothing was touched.")
+        raise Unavailable(f"{path!r} is {kind}, not a job's file", hint="Move it away; nothing was touched.")
     if found.st_nlink > 1:
-        raise Unavailable(f"{str(path)!r} has {found.st_nlink} names (hard links)", hint="Keep a copy, not a link.")
-    return True
+        raise Unavailable(f"{path!r} has {found.st_nlink} names (hard links)", hint="Keep a copy, not a link.")
+    return found.st_size
 
 
 def size(path: Path) -> int | None:
@@ -101,27 +115,29 @@ def size(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def clear_leftovers(path: Path) -> bool:
-    """Return whether the database file is there; if not, clear away what SQLite would take for a part of a new one."""
-    left = [beside for beside in sidecars(path) if check_regular(beside)]
-    there = check_regular(path)
+def clear_leftovers(path: Path) -> Sizes:
+    """Return what is there; without a database, clear away what SQLite would take for a part of a new one."""
+    name = str(path)
+    log, index, journal = (_regular_size(name + suffix) for suffix in SIDECARS)
+    database = _regular_size(name)
     # SQLite would clear the log of an empty file away.
-    if not size(path) and any(beside.stat().st_size for beside in left if beside.name.endswith(LOG)):
+    if not database and log:
         raise Corrupt(
-            f"{str(path)!r} is {'empty' if there else 'gone'}, but its write-ahead log is still there",
+            f"{name!r} is {'gone' if database is None else 'empty'}, but its write-ahead log is still there",
             hint="Bring the file back, or clear the rest away with drop_job(job_id).",
         )
-    if there:
-        return True
-    for beside in left:
-        beside.unlink()
-    return False
+    if database is not None:
+        return Sizes(database, log or 0, journal or 0)
+    for suffix, there in zip(SIDECARS, (log, index, journal), strict=True):
+        if there is not None:
+            os.unlink(name + suffix)
+    return Sizes(None, 0, 0)
 
 
 def prepare(path: Path) -> bool:
     """Make sure the database file is there, ours alone to open, mode 0600. Returns whether it is a new one."""
-    if clear_leftovers(path):
-        return path.stat().st_size == 0
+    if (there := clear_leftovers(path).database) is not None:
+        return there == 0
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -147,8 +163,9 @@ class Watch:
     """Sees when a job's database or log is no longer what is found under its name."""
 
     def __init__(self, database: Path) -> None:
-        self._folder = os.open(database.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._found = {str(path): identity(path) for path in (database, sidecars(database)[0])}
+        name = str(database)
+        self._folder = os.open(os.path.dirname(name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._found = {path: identity(path) for path in (name, name + LOG)}
         self._changed_ns = -1  # the directory's, when it was last looked through
 
     def check(self, *, thorough: bool = False) -> None:
@@ -266,8 +283,10 @@ class Claim:
             raise Unavailable(f"can't open the lock file {str(self.path)!r}: {error}") from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._is_named():
-                os.fchmod(self._handle, 0o600)
+            found = os.fstat(self._handle)
+            if self._is_named(found):
+                if found.st_mode & 0o7777 != 0o600:  # to set it again would write
+                    os.fchmod(self._handle, 0o600)
                 self.record = _parse(os.pread(self._handle, _RECORD_BYTES_MAX, 0))
                 with contextlib.suppress(OSError):  # a full disk
                     os.pwrite(self._handle, _written(self.record._replace(pid=os.getpid())), 0)
@@ -284,9 +303,9 @@ class Claim:
         os.close(handle)
         return False
 
-    def _is_named(self) -> bool:
+    def _is_named(self, found: os.stat_result) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._handle), os.stat(self.path, follow_symlinks=False))
+            return os.path.samestat(found, os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
             return False
 

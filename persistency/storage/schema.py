@@ -28,7 +28,6 @@ import contextlib
 import logging
 import os
 import re
-import weakref
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -37,7 +36,8 @@ from typing import Any
 import apsw
 
 from persistency.errors import Corrupt, DiskFull, Forked, SchemaTooNew, StorageError, Unavailable
-from persistency.storage.files import size
+from persistency.storage import inherited
+from persistency.storage.files import Sizes, clear_leftovers, size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
 
 log = logging.getLogger("persistency.storage")
@@ -68,10 +68,13 @@ CHANGES = """
 CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category BLOB NOT NULL, key BLOB NOT NULL,
                       payload BLOB, stop BLOB);
 """
-_NUMBERS = (
-    "SELECT name, value FROM meta WHERE typeof(value) = 'integer' AND name IN"
-    " ('last_version', 'clean', 'latest_ms', 'used_bytes', 'used_ms', 'changes_dropped', 'expires_ms')"
+# Of what anybody may have put there, no more than can be read without harm.
+_META = (
+    "SELECT name, value FROM meta WHERE (typeof(value) = 'integer' OR name = 'job_id') AND octet_length(name) <= 64"
+    " LIMIT 1000"
 )
+_JOB_ID = "SELECT value FROM meta WHERE name = 'job_id'"
+_NUMBERS = frozenset(["last_version", "clean", "latest_ms", "used_bytes", "used_ms", "changes_dropped", "expires_ms"])
 ENDS = "expires_ms"  # the job's own end
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
@@ -91,6 +94,7 @@ _COLUMNS_CHANGES = [
     ("stop", "BLOB", 0, 0),
 ]
 _OBJECTS = {1: {("table", "kv")}, 2: {("table", "kv"), ("index", "kv_expires"), ("table", "meta")}}
+_OF_ANALYZE = {("table", "sqlite_stat1"), ("table", "sqlite_stat4")}  # what that leaves
 _COLUMNS = {1: {"kv": _COLUMNS_1}, 2: {"kv": _COLUMNS_2, "meta": _COLUMNS_META}}
 _OPTIONAL = {"changes": _COLUMNS_CHANGES}  # in the current format
 # What a definition may consist of: nothing that computes, compares in another way, or forbids (CHECK, COLLATE, UNIQUE).
@@ -138,7 +142,7 @@ def translated(error: Exception, doing: str) -> StorageError:
     """Return our error for one of SQLite's, with it as the cause."""
     code = getattr(error, "extendedresult", 0)
     kind: type[StorageError] = StorageError
-    if _inherited and isinstance(error, apsw.AuthError):
+    if inherited.some() and isinstance(error, apsw.AuthError):
         raise Forked("this process was forked in the middle of a transaction", hint="Let the parent end it.") from error
     strange = isinstance(error, apsw.SQLError) and "unsupported file format" in str(error)
     if isinstance(error, _FULL):
@@ -155,21 +159,28 @@ def translated(error: Exception, doing: str) -> StorageError:
 
 
 def connect(
-    path: Path, durability: Durability, vfs: str | None = None, begins: Callable[[], None] = lambda: None
+    path: Path,
+    durability: Durability,
+    vfs: str | None = None,
+    begins: Callable[[], None] = lambda: None,
+    there: Sizes | None = None,
 ) -> apsw.Connection:
     """Open a job's database file and bring it to the current format; `begins` may refuse to begin an empty one.
+
+    `there`: what lies in its place, if that was looked at already.
 
     Raises `Corrupt` for a file that isn't ours, `SchemaTooNew` for one from a newer release (both untouched), and
     the other storage errors for what the system refuses.
     """
+    there = clear_leftovers(path) if there is None else there
     try:
-        if size(path.with_name(path.name + "-journal")):
+        if there.journal:
             _look_first(path, vfs)
         connection = open_file(path, vfs, write=True)
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, f"can't open {str(path)!r}") from error
     try:
-        if not size(path.with_name(path.name + "-wal")):
+        if not there.log:
             own_log(connection)  # it will be our own, and must not be left behind
         found = recognise(connection, path)
         if connection.readonly("main") and os.access(path, os.W_OK):
@@ -194,13 +205,13 @@ def open_file(path: Path, vfs: str | None = None, *, write: bool = False, immuta
 
     Without `write` to read it only; `immutable`: as it lies there, without locks, and without the log beside it.
     """
-    _check_not_inherited(name := str(path))
+    inherited.check(name := str(path))
     flags = apsw.SQLITE_OPEN_NOFOLLOW | (apsw.SQLITE_OPEN_READWRITE if write else apsw.SQLITE_OPEN_READONLY)
     if immutable:
         quoted = str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         name, flags = f"file://{quoted}?immutable=1", flags | apsw.SQLITE_OPEN_URI
     connection = apsw.Connection(name, flags=flags, vfs=vfs or _VFS, statementcachesize=64)
-    _opened[connection] = str(path)
+    inherited.note(connection, str(path))
     try:
         _defend(connection)
     except BaseException:
@@ -249,39 +260,6 @@ def own_log(connection: apsw.Connection) -> None:
     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
 
 
-_opened: weakref.WeakKeyDictionary[apsw.Connection, str] = weakref.WeakKeyDictionary()
-_inherited: list[tuple[apsw.Connection, str]] = []  # in a forked child: what its parent had, and of which file
-
-
-def _in_child() -> None:
-    _inherited[:] = _opened.items()
-    for connection, _ in _inherited:
-        keep_for_ever(connection)
-
-
-def _check_not_inherited(name: str) -> None:
-    """Refuse a file whose locks this process would take for its own, because its parent has them."""
-    for connection in [connection for connection, opened in _inherited if opened == name]:
-        with contextlib.suppress(apsw.ConnectionClosedError):
-            with contextlib.suppress(apsw.ThreadingViolationError):  # the parent was in the middle of it
-                connection.total_changes()
-            raise Forked(
-                f"{name!r} was in use by the parent when this process was forked, in the middle of something",
-                hint="Open it in a process of its own, or fork while nothing is under way.",
-            )
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
-
-
-def keep_for_ever(connection: apsw.Connection) -> None:
-    """Keep a connection from ever being torn down: that would close it."""
-    import ctypes  # only here: hardly anybody gets here
-
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-
-
 def close(connection: apsw.Connection) -> None:
     """Close a connection; what goes wrong is only told to the log, because whatever was committed is safe."""
     try:
@@ -307,11 +285,11 @@ def recognise(connection: apsw.Connection, path: Path) -> int:
         raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
     if connection.pragma("encoding") != "UTF-8":
         raise Corrupt(f"{str(path)!r} isn't a job's file: its text is {connection.pragma('encoding')}")
-    definitions: list[tuple[Any, ...]] = connection.execute(
-        # The exceptions are what ANALYZE leaves.
-        "SELECT type, name, sql FROM sqlite_schema"
-        " WHERE type <> 'table' OR name NOT IN ('sqlite_stat1', 'sqlite_stat4')"
-    ).fetchall()
+    definitions = [
+        each
+        for each in connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+        if each[:2] not in _OF_ANALYZE
+    ]
     optional = {("table", name) for name in _OPTIONAL if found == FORMAT}
     objects = {(kind, name) for kind, name, _ in definitions} - optional
     if found == 0 and not definitions and size(path) != 1:  # SQLite takes a file of one byte for an empty one
@@ -367,29 +345,40 @@ def migrate(connection: apsw.Connection, found: int) -> None:
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
 
 
-def check_job_id(connection: apsw.Connection, job_id: str, path: Path, *, write: bool = True) -> None:
-    """Hold the id in the file against the one asked for; `write` it into a new file."""
+def read_job_id(connection: apsw.Connection, path: Path) -> object:
+    """Return the id in a file, or `None` if it has none."""
     try:
-        stored = connection.execute("SELECT value FROM meta WHERE name = 'job_id'").fetchone()
-        if stored is None and write:
-            connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
+        stored = connection.execute(_JOB_ID).fetchone()
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, f"can't read the job id in {str(path)!r}") from error
-    if stored is not None and stored[0] != job_id:
+    return None if stored is None else stored[0]
+
+
+def write_job_id(connection: apsw.Connection, job_id: str, path: Path) -> None:
+    """Write the id into a new file."""
+    try:
+        connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
+    except apsw.Error as error:
+        raise translated(error, f"can't write the job id into {str(path)!r}") from error
+
+
+def check_job_id(stored: object, job_id: str, path: Path) -> None:
+    """Hold the id in a file, if it has one, against the one asked for."""
+    if stored is not None and stored != job_id:
         raise Corrupt(
-            f"{str(path)!r} belongs to job {stored[0]!r}, not {job_id!r}",
+            f"{str(path)!r} belongs to job {stored!r}, not {job_id!r}",
             hint="Files can't be renamed into another job; bring back the right file.",
         )
 
 
-def read_meta(connection: apsw.Connection) -> dict[str, int]:
-    """Return the numbers in a file's meta table. Raises `Corrupt` if the last version isn't one."""
+def read_meta(connection: apsw.Connection) -> tuple[dict[str, int], object]:
+    """Return the numbers in a file's meta table, and the job's id. Raises `Corrupt` if the last version isn't one."""
     try:
-        stored = dict(connection.execute(_NUMBERS))
+        stored = dict(connection.execute(_META))
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, "can't read the last version") from error
     # What can't be is as good as missing: it is counted anew.
-    stored = {name: value for name, value in stored.items() if 0 <= value <= _NUMBER_MAX}
-    if "last_version" not in stored:
+    numbers = {name: stored[name] for name in _NUMBERS & stored.keys() if 0 <= stored[name] <= _NUMBER_MAX}
+    if "last_version" not in numbers:
         raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
-    return stored
+    return numbers, stored.get("job_id")

@@ -297,7 +297,7 @@ class SqliteStore(Folding):
         quota = self._table.quota
         if quota is not None:
             with contextlib.suppress(StorageError):
-                stored = schema.read_meta(self._connection)
+                stored, _ = schema.read_meta(self._connection)
                 if {USED, USED_MS} <= stored.keys():
                     quota.used, quota.used_ms = stored[USED], stored[USED_MS]
 

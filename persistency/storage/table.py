@@ -71,8 +71,7 @@ _HAS = "SELECT EXISTS (SELECT 1 FROM kv WHERE category = ? AND key = ?)"
 _SPAN = " FROM kv WHERE category = ?1 AND key >= ?2 AND (expires_ms IS NULL OR expires_ms > ?3)"
 # The expiry stands behind the payload in a row: looking at it walks through all of a large one.
 _SPAN_WITHOUT_END = " FROM kv WHERE category = ?1 AND key >= ?2 AND ?3 = ?3"
-# Text that somebody else has put there stands above every number.
-_NEXT_EXPIRY = "SELECT min(expires_ms) FROM kv WHERE expires_ms IS NOT NULL AND expires_ms < 9223372036854775807"
+_NEXT_EXPIRY = "SELECT expires_ms FROM kv WHERE expires_ms IS NOT NULL ORDER BY expires_ms LIMIT 1"
 _NEXT_CATEGORY = "SELECT min(category) FROM kv WHERE category > ?"
 _REAP = f"DELETE FROM kv WHERE (category, key) IN ({ENDED})"
 
@@ -216,8 +215,9 @@ class Table:
             self.next_expiry_ms = earliest
 
     def _next_expiry(self) -> int | None:
-        found: list[tuple[int | None]] = self.execute(_NEXT_EXPIRY).fetchall()
-        return found[0][0]
+        found: list[tuple[int]] = self.execute(_NEXT_EXPIRY).fetchall()
+        # Text that somebody else has put there stands above every number.
+        return found[0][0] if found and type(found[0][0]) in (int, float) else None
 
     def set_row(self, message: SetRow) -> None:
         """Write one row with an end."""
