@@ -73,7 +73,8 @@ class Persistency(Sweeping, Reading):
     connection at once (`None`: all of them); of more, those that were used the longest ago rest until somebody uses
     them, and so does one that nobody used for `idle_ttl` seconds. Their handles don't show it. `open_timeout` and
     `exit_timeout` are in seconds: how long opening a job may take (`None`: as long as it takes), and how long the exit
-    of the interpreter may take to write what is waiting. `clock` returns Unix seconds, like `time.time`.
+    of the interpreter may take to write what is waiting. `clock` returns Unix seconds, like `time.time`. What takes
+    `slow_after` seconds or longer is told in the log `persistency.slow` (`None`: nothing is timed for it).
     """
 
     _closed = True  # until it is known to be sound; see __del__
@@ -89,6 +90,7 @@ class Persistency(Sweeping, Reading):
         open_timeout: float | None = 60.0,
         exit_timeout: float = 30.0,
         clock: Callable[[], float] | None = None,
+        slow_after: float | None = None,
     ) -> None:
         self._open_timeout = as_seconds(open_timeout, "open_timeout")
         live_max, idle_ttl = (
@@ -106,7 +108,8 @@ class Persistency(Sweeping, Reading):
         self._jobs: dict[str, Job] = {}
         self._readers = Readers(SqliteReader)
         self._options: dict[str, Any] = {}  # what `instance` was first called with
-        self._opener = Opener(self._read_ms, self._exit_timeout, slots, _forgetter(weakref.ref(self)))
+        forget = _forgetter(weakref.ref(self))
+        self._opener = Opener(self._read_ms, self._exit_timeout, slots, forget, as_seconds(slow_after, "slow_after"))
         self._forked = False
         self._closed = False
         _everywhere.add(self)

@@ -25,11 +25,7 @@ class _Reply(Protocol):
 
 
 class Pages(Generic[T]):
-    """Rows of a range. Each `for`, and each `async for`, walks from the beginning.
-
-    `ask(start, stop, limit)` requests a page as (key, payload) pairs; `drain()` is waited for where that is refused
-    for want of room; `make(key, payload)` makes what the consumer sees.
-    """
+    """Rows of a range. Each `for`, and each `async for`, walks from the beginning, a page at a time."""
 
     def __init__(
         self,
@@ -41,6 +37,9 @@ class Pages(Generic[T]):
         reverse: bool,
         page: int,
     ) -> None:
+        """`ask(start, stop, limit)` requests a page as (key, payload) pairs; `drain()` is waited for where that is
+        refused for want of room; `make(key, payload)` makes what the consumer sees.
+        """
         self._ask = ask
         self._drain = drain
         self._make = make

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from persistency import lifecycle
 from persistency.actor.clock import Clock
@@ -35,6 +35,9 @@ from persistency.options import JobOptions, differing
 from persistency.slots import Place, Slots
 from persistency.storage.port import Barrier, Restoring, Root, Store
 
+if TYPE_CHECKING:
+    from persistency.actor.slowness import Slowness
+
 T = TypeVar("T")
 
 
@@ -45,6 +48,15 @@ class Opener(NamedTuple):
     exit_timeout: float
     slots: Slots | None
     forget: Callable[[Job], None]
+    slow_after: float | None = None
+
+    def slowness(self, job_id: str) -> Slowness | None:
+        """Return what tells of a job's slow operations, if somebody wants to be told."""
+        if self.slow_after is None:
+            return None
+        from persistency.actor.slowness import Slowness  # only here: few do
+
+        return Slowness(job_id, self.slow_after)
 
 
 class _Entry:
@@ -226,11 +238,12 @@ class Site:
             last = store
             return store
 
+        slow = opener.slowness(job_id)
         worker = Worker(
             job_id,
             mailbox,
             failures,
-            open_store=open_store,
+            open_store=open_store if slow is None else slow.opening(open_store),
             clock=clock,
             name_ops=name_ops,
             stall_timeout=options.stall_timeout,
@@ -238,6 +251,7 @@ class Site:
             sync_interval=options.sync_interval,
             slot=place,
         )
+        worker.turns.slow = slow
         if place is not None:
             place.worker = worker
         return _Entry(options, mailbox, worker, failures, place)

@@ -23,6 +23,7 @@ from time import monotonic
 from persistency import lifecycle
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.worker import Worker
+from persistency.logfields import about
 
 log = logging.getLogger("persistency")
 
@@ -126,8 +127,8 @@ class Slots:
                         self._opener = None
                         return
                 self._look_round()
-            except BaseException:  # whatever is thrown in here, everybody else waits for this thread
-                log.exception("a job couldn't be woken")
+            except BaseException as error:  # whatever is thrown in here, everybody else waits for this thread
+                log.exception("a job couldn't be woken", extra=about("wake_failed", None, error))
 
     def _look_round(self) -> None:
         self._line_up()

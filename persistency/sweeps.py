@@ -18,6 +18,7 @@ from persistency.arguments import as_file
 from persistency.closing import Closing
 from persistency.driving import drive
 from persistency.errors import JobLocked, Misuse, PersistencyError
+from persistency.logfields import about
 from persistency.registry import Site
 from persistency.storage.port import StoredJob
 
@@ -69,7 +70,7 @@ def _tried(job_id: str, drop: Callable[[], object]) -> bool:
     except JobLocked:
         return False
     except PersistencyError as error:
-        log.warning("job %r couldn't be dropped: %s", job_id, error)
+        log.warning("job %r couldn't be dropped: %s", job_id, error, extra=about("drop_failed", job_id, error))
         return False
     return True
 

@@ -43,7 +43,7 @@ _EVERYTHING = KeyRange()
 
 
 class Transaction:
-    """The rows of a job as one function sees them. Made by `job.run`, and of no use outside of its function."""
+    """The rows of a job as one function sees them. Made by `Job.run`, and of no use outside of its function."""
 
     __slots__ = ("_now_ms", "_thread", "_within")
 

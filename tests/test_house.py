@@ -73,6 +73,7 @@ FLOORS = [
     "actor.activation",
     "actor.upkeep",
     "actor.turns",
+    "actor.slowness",
     "actor.slot",
     "actor.accounts",
     "actor.waiters",
@@ -123,6 +124,7 @@ FLOORS = [
     "codec.values",
     "codec",
     "errors",
+    "logfields",
 ]
 ADAPTERS = {"storage.directory", "storage.sqlite", "storage.reading", "storage.memory"}
 
@@ -136,6 +138,8 @@ DOORS = {
     "pydantic_core": ("codec.objects",),
     "typer": ("cli",),
     "rich": ("cli",),
+    "prometheus_client": ("integrations.prometheus",),
+    "opentelemetry": ("integrations.opentelemetry",),
     "threading": (
         "shared",
         "engine",

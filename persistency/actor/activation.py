@@ -24,6 +24,7 @@ from persistency.actor.tally import Tally
 from persistency.actor.turns import Turns
 from persistency.actor.upkeep import Upkeep
 from persistency.actor.waiters import Waiters
+from persistency.logfields import about
 from persistency.storage.port import Store
 
 log = logging.getLogger("persistency")
@@ -73,7 +74,8 @@ class Activation:
         try:
             self._close(tidy=tidy)
         except Exception as error:
-            log.exception("job %r: the store couldn't be closed in order", self._job_id)
+            fields = about("store_not_closed", self._job_id, error)
+            log.exception("job %r: the store couldn't be closed in order", self._job_id, extra=fields)
             if self._turns.store is not None:  # it wasn't even tried
                 self._close(tidy=False)
             return error

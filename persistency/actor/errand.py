@@ -24,6 +24,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from persistency.actor.reply import Reply
 from persistency.actor.settling import pending, settle_all, tell_if_unseen
+from persistency.logfields import about
 
 log = logging.getLogger("persistency")
 
@@ -171,12 +172,17 @@ class _Errand:
             value = self._walk()
         except BaseException as failed:
             error = failed
-            tell_if_unseen(self.reply, failed, lambda error: log.error("%s failed: %s", self._name, error))
+            tell_if_unseen(self.reply, failed, self._tell)
         finally:
             self._steps.close()
             _going.discard(self)
             self.thread = None
         settle_all([(self.reply, value, error)])
+
+    def _tell(self, error: BaseException) -> None:
+        _, _, rest = self._name.partition(":")  # persistency:<job id>:<what>
+        job_id, _, what = rest.rpartition(":")
+        log.error("%s failed: %s", self._name, error, extra=about("errand_failed", job_id, error, errand=what))
 
     def _walk(self) -> Any:
         while True:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from persistency.errors import Failure, WriteFailed, shown
+from persistency.logfields import about
 
 log = logging.getLogger("persistency")
 
@@ -74,6 +75,9 @@ class FailureLog:
         log.error(
             "job %r: %d operation(s) failed (%s), the first: %s: %s",
             self._job_id, len(failures), first.outcome, shown(first.op), first.error,
+            extra=about(
+                "writes_failed", self._job_id, first.error, operations=len(failures), outcome=first.outcome
+            ),
         )  # fmt: skip
         if self._on_error is None:
             return
@@ -125,7 +129,10 @@ class FailureLog:
                         self._teller = None
                         return
                 if told.omitted:
-                    log.error("job %r: %d more failures are not passed to on_error", self._job_id, told.omitted)
+                    fields = about("failures_omitted", self._job_id, operations=told.omitted)
+                    log.error(
+                        "job %r: %d more failures are not passed to on_error", self._job_id, told.omitted, extra=fields
+                    )
                 self._call(told.failures)
         finally:
             if alone:
@@ -135,5 +142,5 @@ class FailureLog:
         assert self._on_error is not None
         try:
             self._on_error(self._job_id, failures)
-        except BaseException:
-            log.exception("job %r: on_error raised", self._job_id)
+        except BaseException as error:
+            log.exception("job %r: on_error raised", self._job_id, extra=about("on_error_raised", self._job_id, error))

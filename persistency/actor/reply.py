@@ -25,6 +25,7 @@ from time import monotonic
 from typing import Any, Generic, Protocol, TypeVar
 
 from persistency.errors import Misuse
+from persistency.logfields import about
 
 log = logging.getLogger("persistency.actor")
 
@@ -89,7 +90,8 @@ class Reply(Future[T]):
     """The answer to a request: `result(timeout=None)`, or `await` it in any loop of any thread.
 
     Made by the engine. `cancel()` takes a read that hasn't started out of the mailbox and returns whether it did;
-    it never touches a request that writes. Callbacks run in the thread that settles the reply.
+    it never touches a request that writes. Callbacks run in the thread that settles the reply. Asking for its
+    truth is `Misuse`: where `result()` is forgotten, every answer would be true.
     """
 
     # Class attributes stand in for `Future.__init__`: a reply that is ready at once sets two of them.
@@ -127,7 +129,7 @@ class Reply(Future[T]):
         """Return the answer, or raise what went wrong.
 
         `timeout` is in seconds. Raises `TimeoutError` when it is over (the request goes on), `CancelledError` if the
-        request was cancelled, and `Misuse` where waiting could never end: in the job's own worker.
+        request was cancelled, and `Misuse` where waiting could never end: inside the job's own `run`.
         """
         if self._state == PENDING:
             self._wait(timeout)
@@ -288,9 +290,9 @@ class Reply(Future[T]):
     def _call(self, fn: Callable[[Any], object]) -> None:
         try:
             fn(self)
-        except BaseException:
+        except BaseException as error:
             # Whatever a callback throws, SystemExit included, the thread that settles must go on.
-            log.exception("a callback of %r raised", self)
+            log.exception("a callback of %r raised", self, extra=about("callback_raised", None, error))
 
     def __bool__(self) -> bool:
         """Raise `Misuse`: a forgotten `result()` would make every answer true."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias
 
 from persistency.actor.reply import CANCELLED, FINISHED, PENDING, Line, Reply, Unseen, gate
+from persistency.logfields import about
 
 log = logging.getLogger("persistency.actor")
 
@@ -150,7 +151,8 @@ class _Telling:
             try:
                 loop.call_soon_threadsafe(_wake, futures)
             except RuntimeError:  # The loop was closed under its waiters; there is nobody left to tell.
-                log.debug("%d replies came after their event loop was closed", len(futures))
+                fields = about("replies_too_late", replies=len(futures))
+                log.debug("%d replies came after their event loop was closed", len(futures), extra=fields)
         called = self._called
         while called:
             reply, fn = called[0]

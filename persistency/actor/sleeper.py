@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock, RLock
+from time import monotonic
 
 
 class Sleeper:
@@ -26,6 +27,8 @@ class Sleeper:
         self._rung = False
         self._wake: Callable[[], None] | None = None
         self.dozes = 0  # how often it has dozed off
+        # When the first of what waits came, at the earliest; 0: nothing has come yet; below: nobody has ever asked.
+        self.came_at = -1.0
         self._bell = Lock()
         self._bell.acquire()
 
@@ -65,6 +68,7 @@ class Sleeper:
             if self._ends():
                 return False
             self._rung = False  # there is nothing to look after but what comes from now on
+            self.note_empty()
             self._wake, self._asleep, self.dozes = wake, True, self.dozes + 1
             if self._stirs():
                 self._ring()
@@ -78,11 +82,28 @@ class Sleeper:
                 self._asleep = False
             return dozed
 
+    def waited(self, now: float) -> float:
+        """Return how many seconds what is begun `now` may have waited. To be asked each time, or never."""
+        came_at, self.came_at = self.came_at, now  # while that is done nobody rings
+        return now - came_at if came_at > 0 else 0.0
+
+    def note_empty(self) -> None:
+        """Note that nothing waits: the next ring says when something comes."""
+        if self.came_at > 0:
+            self.came_at = 0.0
+
+    def note_busy(self, now: float) -> None:
+        """Note that from `now` on nobody rings: something is done, and what comes meanwhile waits for its end."""
+        if not self.came_at:
+            self.came_at = now
+
     def _ring(self) -> None:
         # Looked at again: at the entry of a call a signal handler, or `__del__`, may have rung already.
         if not self._asleep:
             return
         self._asleep = False
+        if not self.came_at:
+            self.came_at = monotonic()
         wake, self._wake = self._wake, None
         if wake is None:
             self._bell.release()

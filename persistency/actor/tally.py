@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 from persistency.storage.port import Status
@@ -18,6 +19,7 @@ from persistency.storage.port import Status
 State = Literal["live", "idle", "stalled", "poisoned", "closed"]
 
 _COMMITS_KEPT = 1_024  # the latest, for the percentiles
+_openings = count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Statistics:
     `accepted`, `committed`, `failed` and `pending` count write operations; `mailbox_bytes` the keys and payloads
     waiting; `commits` transactions that wrote. `commit_ms_p50` and `commit_ms_p99` are milliseconds over the latest
     1,024 commits (0.0 before the first). `wal_bytes` is the size of the log not yet carried over into the file;
-    `wal_pinned` says that another process, which reads there, keeps it from being.
+    `wal_pinned` says that another process, which reads there, keeps it from being. `opening` tells the openings of
+    this process' jobs apart: counters begin anew with each, and go on while a job rests.
     """
 
     state: State
@@ -41,29 +44,36 @@ class Statistics:
     commit_ms_p99: float
     wal_bytes: int
     wal_pinned: bool = False
+    opening: int = 0
 
 
 class Tally:
     """The counters of one worker."""
 
-    __slots__ = ("_commit_seconds", "commits", "committed", "failed", "state")
+    __slots__ = ("_commit_seconds", "_percentiles", "commits", "committed", "failed", "opening", "state")
 
     def __init__(self) -> None:
         self.state: State = "live"
         self.committed = 0
         self.failed = 0
         self.commits = 0
+        self.opening = next(_openings)
         self._commit_seconds: deque[float] = deque(maxlen=_COMMITS_KEPT)
+        self._percentiles = (0, 0.0, 0.0)  # after how many commits, and what they were
 
     def commit(self, seconds: float) -> None:
         """Count one transaction that wrote."""
-        self.commits += 1
         self._commit_seconds.append(seconds)
+        self.commits += 1  # only now: whoever has looked in between looks again
 
     def percentiles(self) -> tuple[float, float]:
-        """Return the latest commits' p50 and p99 in milliseconds."""
-        latest = sorted(self._commit_seconds.copy())
-        return _percentile(latest, 0.50), _percentile(latest, 0.99)
+        """Return the latest commits' p50 and p99 in milliseconds; sorted again only if there were more meanwhile."""
+        commits, p50, p99 = self._percentiles
+        if commits != self.commits:
+            commits, latest = self.commits, sorted(self._commit_seconds.copy())
+            p50, p99 = _percentile(latest, 0.50), _percentile(latest, 0.99)
+            self._percentiles = (commits, p50, p99)
+        return p50, p99
 
     def statistics(
         self, accepted: int, mailbox_bytes: int, status: Status | None, commit_ms: tuple[float, float]
@@ -81,6 +91,7 @@ class Tally:
             commit_ms_p99=commit_ms[1],
             wal_bytes=0 if status is None else status.wal_bytes,
             wal_pinned=status is not None and status.wal_pinned,
+            opening=self.opening,
         )
 
 

@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import Callable
 from time import monotonic, perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from persistency.actor.accounts import Accounts
 from persistency.actor.clock import Clock
@@ -32,7 +32,11 @@ from persistency.actor.settling import Answer, fill, new_reply, pending, ready, 
 from persistency.actor.tally import Tally
 from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, Corrupt, Poisoned, StorageError
+from persistency.logfields import about
 from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, Store, writes
+
+if TYPE_CHECKING:
+    from persistency.actor.slowness import Slowness
 
 log = logging.getLogger("persistency")
 
@@ -64,6 +68,7 @@ class Turns:
         clock: Clock,
         stall_timeout: float,
     ) -> None:
+        self.slow: Slowness | None = None  # set before a store is opened, where somebody wants to be told
         self.store: Store | None = None
         self._ends_ms: int | None = None
         self._doubtful = False  # the group in hand has failed at its commit: its bytes may be there all the same
@@ -105,10 +110,14 @@ class Turns:
                 self._check_time()
             return get_in_place(category, key)
 
-        notes_use = notes_use or store.expires_ms is not None
-        self._mailbox.serve_in_place(
-            get_and_note if notes_use else get_in_place, self._read_in_place, self._write_in_place
-        )
+        chosen = get_and_note if notes_use or store.expires_ms is not None else get_in_place
+        slow = self.slow
+        if slow is None:
+            self._mailbox.serve_in_place(chosen, self._read_in_place, self._write_in_place)
+        else:
+            self._mailbox.serve_in_place(
+                slow.get(chosen), slow.request(self._read_in_place), slow.request(self._write_in_place)
+            )
 
     @property
     def time_left_ms(self) -> int | None:
@@ -128,7 +137,10 @@ class Turns:
 
     def decide(self, group: Group, answers: list[Answer]) -> None:
         """Run a group; add what is to be answered."""
-        self.used_at = monotonic()
+        self.used_at = begun = monotonic()
+        slow, waited = self.slow, 0.0
+        if slow is not None:
+            waited = self._mailbox.waited(begun)
         if self.discards:
             closed = Closed(f"job {self._job_id!r} was closed without draining")
             self._accounts.fail([(group, closed, "not applied")], answers)
@@ -139,6 +151,8 @@ class Turns:
             self.poison(harm.cause, harm.outcome, answers)
             return
         self._accounts.group(group, outcomes, answers)
+        if slow is not None and (seconds := monotonic() - begun) >= slow.after:
+            slow.group(group, seconds, waited)
 
     def _apply(self, group: Group) -> list[Any]:
         """Have the store run a group, as often as it takes; raises `Harm` when there is no point in going on."""
@@ -173,7 +187,8 @@ class Turns:
                 if not deadline:
                     deadline = monotonic() + self._stall_timeout
                     self._tally.state = "stalled"
-                    log.warning("job %r stalls: %s", self._job_id, error)
+                    fields = about("job_stalls", self._job_id, error)
+                    log.warning("job %r stalls: %s", self._job_id, error, extra=fields)
                 self._doubtful |= error.at_commit
                 if self.discards or monotonic() >= deadline:
                     raise Harm(error, "unknown" if self._doubtful else "not applied") from error
@@ -183,7 +198,7 @@ class Turns:
             self._doubtful = False
             if deadline:
                 self._tally.state = "live"
-                log.warning("job %r goes on", self._job_id)
+                log.warning("job %r goes on", self._job_id, extra=about("job_goes_on", self._job_id))
             return outcome
 
     def tell_waiters(self, answers: list[Answer]) -> None:
@@ -199,7 +214,8 @@ class Turns:
             poisoned.__cause__ = cause
             return poisoned
 
-        log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause)
+        fields = about("job_poisoned", self._job_id, cause, outcome=outcome)
+        log.error("job %r is poisoned: %s", self._job_id, cause, exc_info=cause, extra=fields)
         self._tally.state = "poisoned"
         begun = len(self._mailbox.in_hand)
         self._mailbox.shut(refusal)

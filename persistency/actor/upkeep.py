@@ -23,6 +23,7 @@ from persistency.actor.mailbox import Mailbox
 from persistency.actor.settling import Answer, settle_all
 from persistency.actor.turns import Harm, Turns
 from persistency.errors import Corrupt, StorageError
+from persistency.logfields import about
 from persistency.storage.port import Barrier, Checkpointing, OutcomeUnknown, Store
 
 log = logging.getLogger("persistency")
@@ -60,6 +61,8 @@ class Upkeep:
 
     def pause(self) -> float | None:
         """Return how many seconds the worker may sleep; `None`: until somebody comes."""
+        if self._mailbox.idle:
+            self._mailbox.note_empty()
         self._look()
         times = [at for at in (self._sync_at, self._fold_at, self._carry_at or None) if at is not None]
         pauses = [max(0.0, min(times) - monotonic())] if times else []
@@ -96,10 +99,16 @@ class Upkeep:
 
     def do(self, step: Callable[[], None], turns: Turns, answers: list[Answer]) -> None:
         """Take one step, for who has the turn; add what is to be answered."""
+        slow, begun = turns.slow, 0.0
+        if slow is not None:
+            begun = monotonic()
+            self._mailbox.note_busy(begun)
         try:
             step()
         except Harm as harm:
             turns.poison(harm.cause, harm.outcome, answers)
+        if slow is not None and (seconds := monotonic() - begun) >= slow.after:
+            slow.step(step.__name__.strip("_"), seconds)
 
     def step(self, step: Callable[[], None], turns: Turns, answers: list[Answer]) -> None:
         """Take one step, and answer who waits for changes: some rows may have ended."""
@@ -186,7 +195,8 @@ class Upkeep:
             # Nothing is lost by it: it is tried again, and until then the log grows on.
             if str(error) != self._told:
                 self._told = str(error)
-                log.warning("job %r: %s; it is tried again", self._job_id, error)
+                fields = about("upkeep_failed", self._job_id, error)
+                log.warning("job %r: %s; it is tried again", self._job_id, error, extra=fields)
             return False
 
     def _may_reap(self, *, idle: bool) -> bool:
@@ -205,6 +215,7 @@ class Upkeep:
         except Corrupt as error:
             raise Harm(error) from error
         except StorageError as error:
-            log.warning("job %r: rows that have ended couldn't be taken away: %s", self._job_id, error)
+            fields = about("reaping_failed", self._job_id, error)
+            log.warning("job %r: rows that have ended couldn't be taken away: %s", self._job_id, error, extra=fields)
         finally:
             self._reap_at = monotonic() + REAP_SECONDS

@@ -193,7 +193,7 @@ class KeyRange:
     def prefix(cls, prefix: Key | tuple[Any, ...]) -> KeyRange:
         """The key itself and its children, by whole parts: `("a",)` covers `("a", "b")`, but not `("ab",)`.
 
-        Of a `RawKey`: the keys that start with its bytes. Of an empty key: all. Raises `Misuse` as `as_key` does.
+        Of a `RawKey`: the keys that start with its bytes. Of an empty key: all. Raises `Misuse` for what is no key.
         """
         start = as_key(prefix, "prefix")
         return cls(start, _successor(start) if not start or isinstance(start, RawKey) else Key(b"%b\xff" % start))

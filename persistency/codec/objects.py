@@ -40,9 +40,11 @@ class Codec(Protocol[T]):
 
     def encode(self, value: T, /) -> bytes:
         """Return the value as bytes. Raises `Misuse` if it can't be."""
+        raise NotImplementedError
 
     def decode(self, data: bytes, /) -> T:
         """Return the value of the bytes. Raises `Corrupt` if they are not one."""
+        raise NotImplementedError
 
 
 class _Cbor:
@@ -105,7 +107,8 @@ def typed(cls: type[T]) -> Codec[T]:
             return _Records(cls)
     raise Misuse(
         f"typed() takes a dataclass, a msgspec.Struct or a pydantic BaseModel, not {cls!r:.80}",
-        hint="Pass the class itself; plain values need no class: use CBOR.",
+        hint="Pass the class itself (structs and models need the extra 'typed': pip install 'persistency[typed]'); "
+        "plain values need no class: use CBOR.",
     )
 
 

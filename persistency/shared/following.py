@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from persistency.codec.values import decode
 from persistency.errors import Misuse
+from persistency.logfields import about
 
 log = logging.getLogger("persistency.shared")
 
@@ -274,6 +275,7 @@ def as_client(value: Any) -> str:
 def _call(fn: Listener, untold: Untold) -> None:
     try:
         fn(untold.source, untold.change())
-    except BaseException:
+    except BaseException as error:
         # Whatever a listener throws, SystemExit included, the others are still to be told.
-        log.exception("a listener raised on change %d of %r", untold.seq, untold.source)
+        fields = about("listener_raised", None, error, seq=untold.seq, source=repr(untold.source))
+        log.exception("a listener raised on change %d of %r", untold.seq, untold.source, extra=fields)

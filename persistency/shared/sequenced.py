@@ -30,6 +30,7 @@ from persistency.codec.keys import Key, KeyRange, as_key, key
 from persistency.codec.values import decode, encode
 from persistency.errors import Closed, Corrupt, FeedTruncated
 from persistency.job import Job
+from persistency.logfields import about
 from persistency.ops import Row
 from persistency.shared.following import Followers, Following, Note, SharedChange, as_client
 from persistency.shared.places import DATA, Kind, Place
@@ -169,7 +170,8 @@ class Sequenced:
         error = reply.exception()
         if error is not None:
             # To look at it was to take it from whoever drops the reply unseen; so it is told here.
-            log.warning("%r: a change failed: %s", self, error)
+            fields = about("change_failed", self._job.id, error, source=repr(self))
+            log.warning("%r: a change failed: %s", self, error, extra=fields)
         elif (accepted := reply.result()) is not None:
             self._followers.committed(accepted.seq)
 

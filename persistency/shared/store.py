@@ -31,6 +31,7 @@ from persistency.codec.keys import as_key
 from persistency.engine import Persistency
 from persistency.errors import Closed, Misuse
 from persistency.job import Job
+from persistency.logfields import about
 from persistency.ops import Ttl
 from persistency.shared.collection import Collection
 from persistency.shared.following import Following, SharedChange
@@ -275,8 +276,9 @@ def _purge_at_intervals(find: weakref.ref[SharedStore], stopped: Event, seconds:
             store.purge_expired()
         except Closed:  # the store, the job or the root: there is nothing left to purge here
             return
-        except Exception:  # a full disk, say, is over one day
-            log.exception("%r: a purge failed", store)
+        except Exception as error:  # a full disk, say, is over one day
+            fields = about("purge_failed", store._job_id, error, source=repr(store))
+            log.exception("%r: a purge failed", store, extra=fields)
         del store
 
 

@@ -27,6 +27,7 @@ from typing import Any, NoReturn, TypeAlias
 import apsw
 
 from persistency.errors import Corrupt, DiskFull, Misuse, StorageError, Unavailable
+from persistency.logfields import about
 from persistency.storage import files, looking, schema, strangers
 from persistency.storage.openings import undisturbed
 from persistency.storage.quota import USED_MS
@@ -215,7 +216,8 @@ def _fold(path: Path, job_id: str, vfs: str | None) -> None:
         cause = error.__cause__ if isinstance(error, Corrupt) else error
         if cause is None or not _is_damage(cause):
             raise
-        log.warning("a damaged file is replaced, %s: %s", path, cause)
+        fields = about("damaged_file_replaced", job_id, cause, path=path)
+        log.warning("a damaged file is replaced, %s: %s", path, cause, extra=fields)
         return
     if os.path.lexists(files.sidecars(path)[0]):  # the last connection would have taken it away
         raise Unavailable(

@@ -17,6 +17,7 @@ from pathlib import Path
 import apsw
 
 from persistency.errors import Corrupt, Misuse, Unavailable
+from persistency.logfields import about
 from persistency.storage import copying, files, schema, strangers
 from persistency.storage.names import file_name, job_id_of
 from persistency.storage.port import StoredJob, StoreOptions
@@ -72,7 +73,8 @@ class DirectoryRoot:
             if there.database == 0:
                 claim.check(0)
             elif claim.record.version:  # whoever removes a job's file means it
-                log.warning("job %r: its file, which was there, is gone; it begins anew", job_id)
+                fields = about("file_gone", job_id, path=path)
+                log.warning("job %r: its file, which was there, is gone; it begins anew", job_id, extra=fields)
                 claim.note(0, options.now_ms, None)
             files.prepare(path)
         connection = schema.connect(path, options.durability, self._vfs, lambda: claim.check(0), there)

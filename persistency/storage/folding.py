@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import apsw
 
 from persistency.errors import Corrupt, PersistencyError, StorageError
+from persistency.logfields import about
 from persistency.storage import schema
 from persistency.storage.files import Claim, Watch
 from persistency.storage.port import Barrier, Group, OutcomeUnknown, StoreOptions
@@ -74,7 +75,8 @@ class Folding:
         except Corrupt:
             raise
         except StorageError as error:
-            log.warning("a log that was left behind stays as it is: %s", error)
+            fields = about("left_log_stays", None, error, path=self._claim.path)
+            log.warning("a log that was left behind stays as it is: %s", error, extra=fields)
 
     def checkpoint(self) -> None:
         """Carry the log over into the file, as far as no other process is reading from it."""
@@ -110,7 +112,8 @@ class Folding:
         except (apsw.Error, PersistencyError, OutcomeUnknown) as error:
             self._roll_back()
             # Nothing is lost: what was committed is in the log, and the next opening finds it there.
-            log.warning("a job's file couldn't be tidied up at close: %s", error)
+            fields = about("file_not_tidied", None, error, path=self._claim.path)
+            log.warning("a job's file couldn't be tidied up at close: %s", error, extra=fields)
 
     def _take_note(self) -> None:
         """Write down, beside the file, what it must hold from now on whatever happens to its log."""

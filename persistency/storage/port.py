@@ -156,8 +156,8 @@ class Status(NamedTuple):
 class StoredJob(NamedTuple):
     """A job as it lies in its root, open or not: `path` its file, `bytes` the size of all its files.
 
-    `last_used` is when it was last written to or closed, `expires` when it ends, both in Unix seconds; `None`: nobody
-    knows, and never.
+    `last_used` is when it was last opened, written to or closed, `expires` when it ends, both in Unix seconds; `None`:
+    nobody knows, and never.
     """
 
     job_id: str

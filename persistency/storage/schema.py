@@ -36,6 +36,7 @@ from typing import Any
 import apsw
 
 from persistency.errors import Corrupt, DiskFull, Forked, SchemaTooNew, StorageError, Unavailable
+from persistency.logfields import about
 from persistency.storage import inherited
 from persistency.storage.files import Sizes, clear_leftovers, size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
@@ -248,7 +249,7 @@ def cut_off(connection: apsw.Connection) -> None:
     try:
         connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
     except (apsw.BusyError, apsw.FullError) as error:  # the store tries again, and tells
-        log.debug("a log that was left behind: %s", error)
+        log.debug("a log that was left behind: %s", error, extra=about("left_log_not_cut", None, error))
     except apsw.Error as error:
         raise translated(error, "a log that was left behind can't be carried over") from error
     finally:
@@ -265,7 +266,7 @@ def close(connection: apsw.Connection) -> None:
     try:
         connection.close()
     except apsw.Error as error:
-        log.warning("closing a job's file: %s", error)
+        log.warning("closing a job's file: %s", error, extra=about("file_not_closed", None, error))
 
 
 def _defend(connection: apsw.Connection) -> None:

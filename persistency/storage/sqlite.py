@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import apsw
 
 from persistency.errors import Corrupt, StorageError
+from persistency.logfields import about
 from persistency.storage import checking, copying, schema
 from persistency.storage.beside import keep_beside
 from persistency.storage.files import Claim, Watch
@@ -306,7 +307,7 @@ class SqliteStore(Folding):
             try:
                 self._execute("ROLLBACK")
             except apsw.Error as error:  # The first error counts; this one only says it was over already.
-                log.debug("rollback after an error: %s", error)
+                log.debug("rollback after an error: %s", error, extra=about("rollback_failed", None, error))
 
     # Asked of SQLite, not remembered: an interrupt may come between a statement and a note of it.
 
@@ -336,4 +337,5 @@ class SqliteStore(Folding):
                 if barrier.rebuild or barrier.fold:
                     self.fold()
         except (apsw.Error, StorageError) as error:
-            log.warning("a job's file couldn't be made smaller: %s", error)
+            fields = about("file_not_made_smaller", None, error, path=self._claim.path)
+            log.warning("a job's file couldn't be made smaller: %s", error, extra=fields)

@@ -14,6 +14,7 @@ import logging
 
 import apsw
 
+from persistency.logfields import about
 from persistency.storage.port import OutcomeUnknown
 from persistency.storage.schema import BUSY_MS, translated
 
@@ -88,5 +89,9 @@ class WriteAheadLog:
 
     def _pin(self) -> None:
         if not self._told:
-            log.warning("%s: somebody is reading there, so that its log can't be cut off; it grows on", self._name)
+            log.warning(
+                "%s: somebody is reading there, so that its log can't be cut off; it grows on",
+                self._name,
+                extra=about("log_pinned", path=self._name),
+            )
         self.pinned = self._told = True
