@@ -42,6 +42,7 @@ from persistency.errors import (
 from persistency.job import Job
 from persistency.lifecycle import install_signal_handlers
 from persistency.ops import Change, Check, Delete, DeletePrefix, DeleteRange, Entry, Found, Op, Put, Row
+from persistency.options import OpenOptions
 from persistency.reader import Reader
 from persistency.storage.port import StoredJob
 from persistency.transaction import Transaction
@@ -88,6 +89,7 @@ __all__ = [
     "MergePool",
     "Misuse",
     "Op",
+    "OpenOptions",
     "Overloaded",
     "Persistency",
     "PersistencyError",

@@ -11,16 +11,27 @@ Doesn't know: jobs, replies, which codec it is.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar, overload
 
 from persistency.codec.keys import Key
 from persistency.codec.objects import Codec
 from persistency.errors import Corrupt, Misuse
-from persistency.ops import Entry, Found, KeyLike, Row
+from persistency.ops import Entry, Found, Row
 from persistency.paging import Pages
 
 T = TypeVar("T")
-M = TypeVar("M")
+D = TypeVar("D")
+M_co = TypeVar("M_co", covariant=True)
+
+if TYPE_CHECKING:
+    # Type checkers bring it along; Python has defaults itself from 3.13 on.
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    K = TypeVarWithDefault("K", bound=tuple[Any, ...], default=tuple[Any, ...])
+    V = TypeVarWithDefault("V", default=Any)
+else:
+    K = TypeVar("K", bound=tuple)
+    V = TypeVar("V")
 
 
 class CategoryRow(NamedTuple, Generic[T]):
@@ -44,30 +55,46 @@ CategoryEntries: TypeAlias = list[CategoryEntry[T]]
 
 if TYPE_CHECKING:
 
-    class FoundValues(dict[Key, T]):
+    class FoundValues(dict[Key, V], Generic[K, V]):
         """A `Found` with values in it: nothing else is different, so nothing else is made."""
 
-        def __getitem__(self, wanted: KeyLike) -> T:
-            """Return the value of a `Key` or a tuple. Raises `KeyError` if it is not among the rows found."""
+        def __getitem__(self, wanted: K | Key) -> V: ...
 
-        def get(self, wanted: KeyLike, default: Any = None) -> Any:
+        @overload
+        def get(self, wanted: K | Key, default: None = None) -> V | None: ...
+        @overload
+        def get(self, wanted: K | Key, default: V) -> V: ...
+        @overload
+        def get(self, wanted: K | Key, default: D) -> V | D: ...
+        def get(self, wanted: K | Key, default: Any = None) -> Any:
             """Return the value of a `Key` or a tuple, or `default` if it is not among the rows found."""
 
 else:
     FoundValues = Found
 
 
-class Decoded(Generic[M]):
+class TwoParameters:
+    """A generic class of two parameters, the second of which may be left out: it is `Any` then."""
+
+    __slots__ = ()
+
+    def __class_getitem__(cls, given: Any) -> Any:
+        # What the defaults of the parameters say to type checkers, for annotations that are evaluated.
+        inherited: Any = super()  # `Generic`'s
+        return inherited.__class_getitem__(given if isinstance(given, tuple) else (given, Any))
+
+
+class Decoded(Generic[M_co]):
     """Pages whose rows are decoded as they are given. Each `for`, and each `async for`, walks from the beginning."""
 
-    def __init__(self, pages: Pages[Any], make: Callable[[Any], M]) -> None:
+    def __init__(self, pages: Pages[Any], make: Callable[[Any], M_co]) -> None:
         self._pages = pages
         self._make = make
 
-    def __iter__(self) -> Iterator[M]:
+    def __iter__(self) -> Iterator[M_co]:
         return map(self._make, self._pages)
 
-    async def __aiter__(self) -> AsyncIterator[M]:
+    async def __aiter__(self) -> AsyncIterator[M_co]:
         async for row in self._pages:
             yield self._make(row)
 
@@ -78,8 +105,8 @@ class Coding(Generic[T]):
     __slots__ = ("codec", "name")
 
     def __init__(self, name: str, codec: Codec[T]) -> None:
-        self.name = name
-        self.codec = codec
+        self.name: str = name
+        self.codec: Codec[T] = codec
 
     def encode(self, value: T) -> bytes:
         """Return a value's payload. Raises `Misuse` if it can't be encoded."""
@@ -129,10 +156,10 @@ class Coding(Generic[T]):
     def _entry(self, entry: Entry) -> CategoryEntry[T]:
         return CategoryEntry(entry.key, self.decode(entry.key, entry.payload), entry.version, entry.expires_ms)
 
-    def found(self, found: Found) -> FoundValues[T]:
+    def found(self, found: Found) -> FoundValues[Any, T]:
         """Return the values of the payloads found."""
         return FoundValues((key, self.decode(key, payload)) for key, payload in found.items())
 
-    def pair(self, row: Row) -> tuple[tuple[Any, ...], T]:
+    def pair(self, row: Row) -> tuple[Any, T]:
         """Return a row as the tuple of its key, and its value."""
         return self.parts(row.key), self.decode(*row)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from os import PathLike, fspath, urandom
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from persistency import lifecycle
 from persistency.actor.bounds import OnFull
@@ -28,7 +28,7 @@ from persistency.driving import adrive, drive
 from persistency.errors import Closed, Corrupt, Failure, Forked, JobNotFound, Misuse, WriteFailed
 from persistency.job import Job
 from persistency.ops import Ttl
-from persistency.options import DEFAULT, Default, JobOptions, OnError, checked
+from persistency.options import DEFAULT, Default, OnError, OpenOptions, checked
 from persistency.reader import Readers, Reading
 from persistency.registry import Opener, Site
 from persistency.slots import Slots
@@ -199,7 +199,7 @@ class Persistency(Sweeping, Reading):
         given = dict(locals())
         return drive(self._opening(given.pop("job_id"), given), self._open_timeout)
 
-    async def aopen_job(self, job_id: str | None = None, **options: Any) -> Job:
+    async def aopen_job(self, job_id: str | None = None, **options: Unpack[OpenOptions]) -> Job:
         """Do what `open_job` does, without blocking the event loop."""
         unknown = options.keys() - _OPTION_NAMES
         if unknown:
@@ -377,4 +377,4 @@ def _in_child() -> None:
 
 _everywhere: weakref.WeakSet[Persistency] = weakref.WeakSet()
 lifecycle.in_child.append((__name__, "_in_child"))
-_OPTION_NAMES = set(JobOptions._fields) - {"ttl_ms"} | {"ttl"}
+_OPTION_NAMES = OpenOptions.__optional_keys__

@@ -43,8 +43,8 @@ class KVStore:
         if not isinstance(job, Job):
             raise Misuse(f"job must be a Job, not {type(job).__name__}: pass what open_job gave")
         as_category(category)
-        self.job = job
-        self.category = category
+        self.job: Job = job
+        self.category: str = category
 
     # -- writes --------------------------------------------------------------------------------------------------
 

@@ -11,22 +11,29 @@ Doesn't know: how values are encoded, event loops.
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, Mapping, MutableMapping, ValuesView
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from persistency.arguments import as_payload
 from persistency.codec.keys import Key, KeyRange, RawKey, as_key
-from persistency.coding import Coding
+from persistency.coding import Coding, V
 from persistency.job import Job
 from persistency.ops import Delete, DeleteRange
 from persistency.transaction import Transaction
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault  # see `coding`
+
+    B = TypeVarWithDefault("B", default=Any)
+else:
+    B = TypeVar("B")
+D = TypeVar("D")
 T = TypeVar("T")
 _NONE_THERE: Any = object()
 # Every key but the empty one; together they are the whole category, which no single delete may name.
 _ALL_BUT_EMPTY = KeyRange(RawKey(b"\0"))
 
 
-class CategoryMapping(MutableMapping[Any, T]):
+class CategoryMapping(MutableMapping[B, V]):
     """A category as a dict, in key order. Made by `Category.mapping()`.
 
     A key that isn't a tuple stands for the tuple of it alone, and comes back bare: `m["a"]` and `m["a",]` are one row.
@@ -41,35 +48,46 @@ class CategoryMapping(MutableMapping[Any, T]):
     __slots__ = ("_coding", "_job", "_name")
     __hash__ = None  # type: ignore[assignment]  # like a dict's: it is equal to what has the same items
 
-    def __init__(self, job: Job, coding: Coding[T]) -> None:
+    def __init__(self, job: Job, coding: Coding[V]) -> None:
         self._job = job
         self._coding = coding
         self._name = coding.name
 
-    def __getitem__(self, key: Any) -> T:
+    def __getitem__(self, key: B | Key) -> V:
         inner = _inner(key)
         payload = self._job.get(self._name, inner).result()
         if payload is None:
             raise KeyError(key)
         return self._coding.decode(inner, payload)
 
-    def __setitem__(self, key: Any, value: T) -> None:
+    def __setitem__(self, key: B | Key, value: V) -> None:
         self._job.put(self._name, _inner(key), self._coding.encode(value))
 
-    def __delitem__(self, key: Any) -> None:
+    def __delitem__(self, key: B | Key) -> None:
         if not self._job.delete_acked(self._name, _inner(key)).result():
             raise KeyError(key)
 
-    def __contains__(self, key: Any) -> bool:
+    if TYPE_CHECKING:  # `Mapping`'s own, which takes a `Key` too, as all else does
+
+        @overload
+        def get(self, key: B | Key, /) -> V | None: ...
+        @overload
+        def get(self, key: B | Key, /, default: V) -> V: ...
+        @overload
+        def get(self, key: B | Key, /, default: D) -> V | D: ...
+        def get(self, key: B | Key, /, default: Any = None) -> Any:
+            """Return the value of a key, or `default` if there is none."""
+
+    def __contains__(self, key: object) -> bool:
         return self._job.exists(self._name, _inner(key)).result()
 
     def __len__(self) -> int:
         return self._job.count(self._name).result()
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[B]:
         return map(self._outer, self._job.iterate(self._name, keys_only=True))
 
-    def __reversed__(self) -> Iterator[Any]:
+    def __reversed__(self) -> Iterator[B]:
         return map(self._outer, self._job.iterate(self._name, keys_only=True, reverse=True))
 
     def __eq__(self, other: object) -> bool:
@@ -79,29 +97,39 @@ class CategoryMapping(MutableMapping[Any, T]):
         # As keys of a dict 1, 1.0 and True are one; here they are three.
         return len(items) == len(other) and dict(items) == dict(other.items())
 
-    def items(self) -> ItemsView[Any, T]:
+    def items(self) -> ItemsView[B, V]:
         """Return a view of pairs of key and value."""
         return _Items(self)
 
-    def values(self) -> ValuesView[T]:
+    def values(self) -> ValuesView[V]:
         """Return a view of the values, in key order."""
         return _Values(self)
 
-    def pop(self, key: Any, default: Any = _NONE_THERE) -> Any:
+    @overload
+    def pop(self, key: B | Key) -> V: ...
+    @overload
+    def pop(self, key: B | Key, default: V) -> V: ...
+    @overload
+    def pop(self, key: B | Key, default: D) -> V | D: ...
+    def pop(self, key: B | Key, default: Any = _NONE_THERE) -> Any:
         """Remove a row and return its value, or `default`. Raises `KeyError` if there is neither."""
         value = self._job.run(_pop, self._coding, _inner(key), default).result()
         if value is _NONE_THERE:
             raise KeyError(key)
         return value
 
-    def popitem(self) -> tuple[Any, T]:
+    def popitem(self) -> tuple[B, V]:
         """Remove the last row in key order and return its key and value. Raises `KeyError` if there is none."""
         item = self._job.run(_pop_last, self._coding).result()
         if item is None:
             raise KeyError(f"category {self._name!r} is empty")
         return item
 
-    def setdefault(self, key: Any, default: Any = None) -> Any:
+    @overload
+    def setdefault(self: CategoryMapping[B, D | None], key: B | Key, default: None = None) -> D | None: ...
+    @overload
+    def setdefault(self, key: B | Key, default: V) -> V: ...
+    def setdefault(self, key: B | Key, default: Any = None) -> Any:
         """Return the value of a key; if there is none, store `default` first."""
         payload = as_payload(self._coding.encode(default))
         return self._job.run(_set_default, self._coding, _inner(key), payload).result()
@@ -117,18 +145,18 @@ class CategoryMapping(MutableMapping[Any, T]):
         return f"<CategoryMapping {self._name!r} of {self._job!r}, {self._coding.codec!r}>"
 
 
-class _Items(ItemsView[Any, T]):
-    _mapping: CategoryMapping[T]
+class _Items(ItemsView[B, V]):
+    _mapping: CategoryMapping[B, V]
 
-    def __iter__(self) -> Iterator[tuple[Any, T]]:
+    def __iter__(self) -> Iterator[tuple[B, V]]:
         m = self._mapping
         return ((m._outer(row.key), m._coding.decode(*row)) for row in m._job.iterate(m._name))
 
 
-class _Values(ValuesView[T]):
-    _mapping: CategoryMapping[T]
+class _Values(ValuesView[V]):
+    _mapping: CategoryMapping[Any, V]
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[V]:
         m = self._mapping
         return (m._coding.decode(*row) for row in m._job.iterate(m._name))
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 from persistency.codec.keys import Key, KeyRange, as_key
+
+T = TypeVar("T")
 
 KeyLike: TypeAlias = Key | tuple[Any, ...]
 Payload: TypeAlias = bytes | bytearray | memoryview
@@ -120,8 +122,7 @@ class Found(dict[Key, bytes]):
 
     if TYPE_CHECKING:  # a method of our own would cost every look-up of a Key
 
-        def __getitem__(self, wanted: KeyLike) -> bytes:
-            """Return the payload of a `Key` or a tuple. Raises `KeyError` if it is not among the rows found."""
+        def __getitem__(self, wanted: KeyLike) -> bytes: ...
 
     def __missing__(self, wanted: object) -> bytes:
         if isinstance(wanted, tuple):
@@ -131,6 +132,12 @@ class Found(dict[Key, bytes]):
     def __contains__(self, wanted: object) -> bool:
         return super().__contains__(as_key(wanted) if isinstance(wanted, tuple) else wanted)
 
+    @overload
+    def get(self, wanted: KeyLike, default: None = None) -> bytes | None: ...
+    @overload
+    def get(self, wanted: KeyLike, default: bytes) -> bytes: ...
+    @overload
+    def get(self, wanted: KeyLike, default: T) -> bytes | T: ...
     def get(self, wanted: KeyLike, default: Any = None) -> Any:
         """Return the payload of a `Key` or a tuple, or `default` if it is not among the rows found."""
         return super().get(as_key(wanted) if isinstance(wanted, tuple) else wanted, default)

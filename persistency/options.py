@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypedDict
 
 from persistency.actor.bounds import Bounds, OnFull
 from persistency.arguments import as_choice, as_count, as_flag, as_limit, as_seconds, as_ttl_ms
 from persistency.errors import Failure, Misuse
+from persistency.ops import Ttl
 from persistency.storage.port import Durability, StoreOptions
 
 OnError = Callable[[str, Sequence[Failure]], object]
@@ -31,6 +32,24 @@ class Default(Enum):
 
 
 DEFAULT: Final = Default.DEFAULT
+
+
+class OpenOptions(TypedDict, total=False):
+    """The options of `Persistency.open_job`, for who passes them on: `**options: Unpack[OpenOptions]`."""
+
+    ttl: Ttl | None
+    durability: Durability
+    max_bytes: int | None
+    mailbox_ops_max: int
+    mailbox_bytes_max: int
+    requests_max: int
+    on_full: OnFull
+    full_timeout: float | None
+    sync_interval: float | None
+    stall_timeout: float
+    feed_changes_max: int
+    inline: bool
+    on_error: OnError | None
 
 
 class JobOptions(NamedTuple):

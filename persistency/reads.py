@@ -35,8 +35,8 @@ class Reads(Closing):
     def __init__(
         self, job_id: str, path: Path | None, mailbox: Mailbox, now_ms: Callable[[], int], *, keeps_changes: bool
     ) -> None:
-        self.id = job_id
-        self.path = path
+        self.id: str = job_id
+        self.path: Path | None = path
         self._mailbox = mailbox
         self._now_ms = now_ms
         self._keeps_changes = keeps_changes

@@ -282,6 +282,7 @@ class Site:
         """Close a handle, and with the last one the job; with others left, `flush` what was posted until now."""
         self.check_here()
         last = False
+        closed: Reply[None] | None = None
         try:
             with self._lock:
                 if job._closed:
@@ -301,7 +302,7 @@ class Site:
                 except BaseException:
                     self._close(entry, drain=drain)
                     raise
-        if last:
+        if closed is not None:
             return closed
         if entry.worker is not None:
             entry.worker.waiters.leave(job, Closed(f"job {job.id!r} is closed"))

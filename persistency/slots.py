@@ -25,7 +25,7 @@ from persistency.actor.mailbox import Mailbox
 from persistency.actor.worker import Worker
 from persistency.logfields import about
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 LOOK_SECONDS = 1.0  # while somebody waits: a job can become idle without anybody noticing
 

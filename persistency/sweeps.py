@@ -22,7 +22,7 @@ from persistency.logfields import about
 from persistency.registry import Site
 from persistency.storage.port import StoredJob
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 _UNITS = {"": 1, "k": 1_000, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]i?)?b?", re.IGNORECASE | re.ASCII)

@@ -205,7 +205,7 @@ def _batches(items: Items, now_ms: Callable[[], int]) -> Iterator[tuple[int, Bat
     while True:
         group: Group = []
         nbytes = 0
-        begun = seen
+        begun, kind = seen, ARRAY
         while seen - begun < BATCH_ROWS_MAX and nbytes < BYTES_MAX and (kind := items.kind()) == ARRAY:
             category, key, payload, end = _row(items)
             seen += 1

@@ -27,7 +27,7 @@ from persistency.actor.waiters import Waiters
 from persistency.logfields import about
 from persistency.storage.port import Store
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 
 class Activation:

@@ -68,14 +68,14 @@ class Poster:
     __slots__ = ("bell", "let_in", "nbytes", "ops", "places", "refused", "requests", "thread")
 
     def __init__(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
-        self.places = places
-        self.ops = ops
-        self.nbytes = nbytes
-        self.requests = requests
-        self.thread = get_ident()
-        self.let_in = False
+        self.places: tuple[Any, Any, Any] = places
+        self.ops: int = ops
+        self.nbytes: int = nbytes
+        self.requests: int = requests
+        self.thread: int = get_ident()
+        self.let_in: bool = False
         self.refused: PersistencyError | None = None
-        self.bell = threading.Lock()
+        self.bell: threading.Lock = threading.Lock()
         self.bell.acquire()
 
 

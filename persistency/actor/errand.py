@@ -26,7 +26,7 @@ from persistency.actor.reply import Reply
 from persistency.actor.settling import pending, settle_all, tell_if_unseen
 from persistency.logfields import about
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Pause:
     """All that is undivided held back, for the time of a fork."""
 
     def __init__(self) -> None:
-        self.complete = False
+        self.complete: bool = False
         self._held: list[_Step] = []
         self._gated = False
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from persistency.errors import Failure, WriteFailed, shown
 from persistency.logfields import about
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 FAILURES_MAX = 1_000
 PAYLOAD_BYTES_MAX = 1024 * 1024

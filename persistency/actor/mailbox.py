@@ -48,7 +48,7 @@ class Mailbox(Door):
         # Guarded by the lock: the line,
         self._messages: Group = []
         self._ops = self._bytes = self._requests = 0
-        self.asked = False  # whether a request has waited in it; whoever wants to know sets it back
+        self.asked: bool = False  # whether a request has waited in it; whoever wants to know sets it back
         self._taken = 0  # write operations, since the beginning
         self._generation = 0  # of the line: how often it was taken
         self.in_hand: list[Group] = []  # what was taken and isn't accounted for yet
@@ -214,7 +214,8 @@ class Mailbox(Door):
     def forsake(self, error: PersistencyError) -> list[Reply[Any]]:
         """In a forked child: refuse everything; return the replies that wait here. Nobody else is here."""
         self._lock._at_fork_reinit()  # type: ignore[attr-defined]  # a thread that isn't here may have had it
-        self.abandoned, self._refusal = error, lambda: error
+        self.abandoned: PersistencyError | None = error
+        self._refusal = lambda: error
         self._open_ops = 0
         self.get_in_place = self.read_in_place = self.write_in_place = None
         lines, self._messages, self.in_hand = [*self.in_hand, self._messages], [], []

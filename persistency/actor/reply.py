@@ -27,7 +27,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from persistency.errors import Misuse
 from persistency.logfields import about
 
-log = logging.getLogger("persistency.actor")
+log: logging.Logger = logging.getLogger("persistency.actor")
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -39,7 +39,7 @@ _LOOP_TURN_S = 0.001
 
 # Guards every change of a reply's state, and the making of its waiting apparatus. One for all: it is held for
 # microseconds, and once per group. Re-entrant, because signal handlers and `__del__` settle replies too.
-gate = threading.RLock()
+gate: threading.RLock = threading.RLock()
 
 
 def running_loop() -> Any | None:
@@ -55,11 +55,13 @@ class Line(Protocol):
     def abandoned(self) -> BaseException | None:
         """Why nobody will answer there any more: in a forked child."""
 
-    def withdraw(self, reply: Reply[Any]) -> bool:
+    def withdraw(self, reply: Reply[Any], /) -> bool:
         """Take a read that hasn't started out of the line and settle it as cancelled; return whether it was there."""
+        raise NotImplementedError
 
     def waits_for_itself(self) -> bool:
         """Say whether the calling thread is the one that would have to answer."""
+        raise NotImplementedError
 
 
 class _Turns(threading.local):
@@ -77,7 +79,7 @@ class Unseen:
     __slots__ = ("error", "tell")
 
     def __init__(self, error: BaseException, tell: Callable[[BaseException], None]) -> None:
-        self.error = error
+        self.error: BaseException = error
         self.tell: Callable[[BaseException], None] | None = tell
 
     def __del__(self) -> None:
@@ -191,8 +193,7 @@ class Reply(Future[T]):
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override]  # made on demand
+    def _have_condition(self) -> threading.Condition:
         self._is_abandoned()
         with gate:
             if self._made_condition is None:
@@ -200,9 +201,12 @@ class Reply(Future[T]):
                 self._made_condition = threading.Condition()
             return self._made_condition
 
-    @property
-    def _waiters(self) -> list[Any]:  # type: ignore[override]  # for `wait`, which holds the condition
+    def _have_waiters(self) -> list[Any]:
         return self._made_waiters
+
+    # Attributes to whoever looks at types, as `Future` has them and `as_completed` asks for; made on demand.
+    _condition: threading.Condition = property(_have_condition)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    _waiters: list[Any] = property(_have_waiters)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
     def _wait(self, timeout: float | None) -> None:
         if timeout is not None and (not isinstance(timeout, int | float) or isinstance(timeout, bool)):

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from persistency.actor.reply import CANCELLED, FINISHED, PENDING, Line, Reply, Unseen, gate
 from persistency.logfields import about
 
-log = logging.getLogger("persistency.actor")
+log: logging.Logger = logging.getLogger("persistency.actor")
 
 # A reply, and what is to be its result or its exception.
 Answer: TypeAlias = tuple[Reply[Any], Any, BaseException | None]

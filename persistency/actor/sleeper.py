@@ -26,9 +26,9 @@ class Sleeper:
         self._asleep = False
         self._rung = False
         self._wake: Callable[[], None] | None = None
-        self.dozes = 0  # how often it has dozed off
+        self.dozes: int = 0  # how often it has dozed off
         # When the first of what waits came, at the earliest; 0: nothing has come yet; below: nobody has ever asked.
-        self.came_at = -1.0
+        self.came_at: float = -1.0
         self._bell = Lock()
         self._bell.acquire()
 

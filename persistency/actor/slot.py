@@ -20,9 +20,11 @@ class Slot(Protocol):
 
     def pressed(self) -> bool:
         """Say whether somebody waits for whom nobody was asked to rest yet."""
+        raise NotImplementedError
 
     def wanted(self) -> bool:
         """Say whether this worker, which could, has to rest for somebody else's sake."""
+        raise NotImplementedError
 
     def decline(self) -> None:
         """Note that there is work again, in case it was asked to rest."""
@@ -35,3 +37,4 @@ class Slot(Protocol):
 
     def withdraw(self) -> bool:
         """Stop waiting to be started; return whether that was so."""
+        raise NotImplementedError

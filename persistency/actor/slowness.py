@@ -25,7 +25,7 @@ from persistency.logfields import about
 from persistency.storage import port
 from persistency.storage.port import PLACES, Batch, Group, Run, Store, operations
 
-log = logging.getLogger("persistency.slow")
+log: logging.Logger = logging.getLogger("persistency.slow")
 
 T = TypeVar("T")
 Get = Callable[[bytes, bytes], bytes | None]

@@ -54,10 +54,10 @@ class Tally:
 
     def __init__(self) -> None:
         self.state: State = "live"
-        self.committed = 0
-        self.failed = 0
-        self.commits = 0
-        self.opening = next(_openings)
+        self.committed: int = 0
+        self.failed: int = 0
+        self.commits: int = 0
+        self.opening: int = next(_openings)
         self._commit_seconds: deque[float] = deque(maxlen=_COMMITS_KEPT)
         self._percentiles = (0, 0.0, 0.0)  # after how many commits, and what they were
 

@@ -38,7 +38,7 @@ from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, Sto
 if TYPE_CHECKING:
     from persistency.actor.slowness import Slowness
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 T = TypeVar("T")
 
@@ -72,9 +72,9 @@ class Turns:
         self.store: Store | None = None
         self._ends_ms: int | None = None
         self._doubtful = False  # the group in hand has failed at its commit: its bytes may be there all the same
-        self.used_at = monotonic()
-        self.hurry = threading.Event()  # set: don't wait for what stalls
-        self.discards = False
+        self.used_at: float = monotonic()
+        self.hurry: threading.Event = threading.Event()  # set: don't wait for what stalls
+        self.discards: bool = False
         self.written: Callable[[], None] = lambda: None
         self._job_id = job_id
         self._mailbox = mailbox

@@ -26,7 +26,7 @@ from persistency.errors import Corrupt, StorageError
 from persistency.logfields import about
 from persistency.storage.port import Barrier, Checkpointing, OutcomeUnknown, Store
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 REAP_ROWS_MAX = 1_000
 REAP_SECONDS = 1.0  # between slices while the mailbox has work, or after one that failed

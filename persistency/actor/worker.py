@@ -33,7 +33,7 @@ from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, PersistencyError
 from persistency.storage.port import PLACES, Barrier, Failed, Group, Store, writes
 
-log = logging.getLogger("persistency")
+log: logging.Logger = logging.getLogger("persistency")
 
 # So long a late poster waits for another one's turn: a thread frozen in the middle of it never gives it back.
 LATE_TURN_SECONDS_MAX = 5.0
@@ -63,16 +63,16 @@ class Worker:
         self.opened: Reply[None] = pending(mailbox, reads=False)
         self.closed: Reply[None] = pending(mailbox, reads=False)
         self.clock = clock
-        self.waiters = Waiters(waiters_max, mailbox.waits_for_itself)
+        self.waiters: Waiters = Waiters(waiters_max, mailbox.waits_for_itself)
         self._retired: Reply[None] | None = None
         self._job_id = job_id
         self.mailbox = mailbox
         self._tally = Tally()
         self._failures = failures
         self._accounts = Accounts(self._tally, failures, mailbox, self.waiters, name_ops)
-        self.turns = Turns(job_id, mailbox, self._accounts, self.waiters, self._tally, clock, stall_timeout)
+        self.turns: Turns = Turns(job_id, mailbox, self._accounts, self.waiters, self._tally, clock, stall_timeout)
         self.turns.written = self._after_write_in_place
-        self.activation = Activation(
+        self.activation: Activation = Activation(
             job_id, mailbox, self.turns, self._tally, self.waiters, clock, open_store, sync_interval, slot
         )
         self._slot = slot

@@ -221,7 +221,7 @@ class _Map(_Shape):
     """A dict with keys of one shape and values of another."""
 
     name = "dict"
-    kinds = frozenset((dict,))
+    kinds: frozenset[type] = frozenset((dict,))
     hashable = False
 
     def __init__(self, key: _Shape, value: _Shape) -> None:
@@ -269,13 +269,13 @@ class _Either(_Shape):
 class Record(_Shape):
     """A dataclass, as a map. Raises `Wrong` for a class that can't be stored."""
 
-    kinds = frozenset((dict,))
+    kinds: frozenset[type] = frozenset((dict,))
     hashable = False
 
     def __init__(self, cls: type, known: dict[type, Record] | None = None) -> None:
         known = {} if known is None else known
         known[cls] = self  # before its fields, which may be of this very class
-        self.name = cls.__name__
+        self.name: str = cls.__name__
         self._cls: Any = cls
         _check_init(cls)
         try:

@@ -29,13 +29,13 @@ from persistency.integrations.census import Census, Counters, Counting
 try:
     from opentelemetry import metrics
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "opentelemetry":
+except ModuleNotFoundError as _missing:
+    if (_missing.name or "").partition(".")[0] != "opentelemetry":
         raise
     raise ModuleNotFoundError(
         "persistency.integrations.opentelemetry needs the extra 'opentelemetry': "
         "pip install 'persistency[opentelemetry]'",
-        name=error.name,
+        name=_missing.name,
     ) from None
 
 METER_NAME: Final = "persistency"

@@ -22,12 +22,12 @@ from persistency.integrations.census import STATES, Census, Counters, Counting
 try:
     from prometheus_client import REGISTRY, CollectorRegistry
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "prometheus_client":
+except ModuleNotFoundError as _missing:
+    if (_missing.name or "").partition(".")[0] != "prometheus_client":
         raise
     raise ModuleNotFoundError(
         "persistency.integrations.prometheus needs the extra 'prometheus': pip install 'persistency[prometheus]'",
-        name=error.name,
+        name=_missing.name,
     ) from None
 
 _JOB: Final = "job_id"  # `job` is Prometheus' own: the job that scrapes

@@ -43,7 +43,7 @@ class Snapshot(list[Record]):
 
     def __init__(self, records: list[Record], seq: int) -> None:
         super().__init__(records)
-        self.seq = seq
+        self.seq: int = seq
 
 
 class Collection(Sequenced):

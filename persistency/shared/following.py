@@ -28,7 +28,7 @@ from persistency.codec.values import decode
 from persistency.errors import Misuse
 from persistency.logfields import about
 
-log = logging.getLogger("persistency.shared")
+log: logging.Logger = logging.getLogger("persistency.shared")
 
 MOMENTS_MAX = 1_000
 """How many different sets of followers are remembered of one source."""
@@ -100,9 +100,9 @@ class Following:
     """All followers of one store, and those who listen to its changes."""
 
     def __init__(self) -> None:
-        self.lock = RLock()  # signal handlers subscribe too
+        self.lock: RLock = RLock()  # signal handlers subscribe too
         self.by_client: dict[str, dict[Followers, None]] = {}
-        self.closed = False
+        self.closed: bool = False
         self._listeners: dict[object, Listener] = {}
         self._untold: deque[tuple[Untold, tuple[object, ...]]] = deque()  # and the tokens of those to be told
         self._untold_bytes = 0

@@ -31,7 +31,7 @@ class Document(dict[str, Any]):
 
     def __init__(self, fields: dict[str, Any], seq: int) -> None:
         super().__init__(fields)
-        self.seq = seq
+        self.seq: int = seq
 
 
 class MergePool(Sequenced):

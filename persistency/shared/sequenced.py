@@ -36,7 +36,7 @@ from persistency.shared.following import Followers, Following, Note, SharedChang
 from persistency.shared.places import DATA, Kind, Place
 from persistency.transaction import Transaction
 
-log = logging.getLogger("persistency.shared")
+log: logging.Logger = logging.getLogger("persistency.shared")
 
 SEQ, ROW, LOG = 1, 2, 3
 

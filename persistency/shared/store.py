@@ -38,7 +38,7 @@ from persistency.shared.following import Following, SharedChange
 from persistency.shared.places import Kind, Place, Wanted, find, find_expired, open_place, purge_slice
 from persistency.shared.pool import MergePool
 
-log = logging.getLogger("persistency.shared")
+log: logging.Logger = logging.getLogger("persistency.shared")
 
 T = TypeVar("T")
 S = TypeVar("S", Collection, MergePool)

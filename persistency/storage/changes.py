@@ -74,8 +74,8 @@ class Changes:
     """The changes a job keeps. `dropped` is the highest version that is no longer there."""
 
     def __init__(self, connection: apsw.Connection, execute: Callable[..., Any], keep: int, dropped: int) -> None:
-        self.dropped = dropped
-        self.count = int(execute("SELECT count(*) FROM changes").fetchall()[0][0])
+        self.dropped: int = dropped
+        self.count: int = int(execute("SELECT count(*) FROM changes").fetchall()[0][0])
         self._execute = execute
         self._changed = connection.changes
         self._keep = keep

@@ -33,7 +33,7 @@ from persistency.storage.openings import undisturbed
 from persistency.storage.quota import USED_MS
 from persistency.storage.table import LATEST_MS
 
-log = logging.getLogger("persistency.storage")
+log: logging.Logger = logging.getLogger("persistency.storage")
 
 STEP_PAGES = 256
 NAME_BYTES_MAX = 200  # of a target's name within that of the temporary file

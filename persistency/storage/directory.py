@@ -23,7 +23,7 @@ from persistency.storage.names import file_name, job_id_of
 from persistency.storage.port import StoredJob, StoreOptions
 from persistency.storage.sqlite import SqliteStore
 
-log = logging.getLogger("persistency.storage")
+log: logging.Logger = logging.getLogger("persistency.storage")
 
 
 class DirectoryRoot:

@@ -255,8 +255,8 @@ class Claim:
     """
 
     def __init__(self, database: Path) -> None:
-        self.path = database.with_suffix(".lock")
-        self.record = Record()
+        self.path: Path = database.with_suffix(".lock")
+        self.record: Record = Record()
         self._handle = -1
         _claims.add(self)
         try:

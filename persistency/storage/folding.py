@@ -25,7 +25,7 @@ from persistency.storage.port import Barrier, Group, OutcomeUnknown, StoreOption
 from persistency.storage.table import LATEST_MS, Table
 from persistency.storage.wal import WriteAheadLog
 
-log = logging.getLogger("persistency.storage")
+log: logging.Logger = logging.getLogger("persistency.storage")
 
 T = TypeVar("T")
 

@@ -107,6 +107,7 @@ class Groups:
             mark = self._table.mark()
             self._execute("SAVEPOINT message")
             over: PersistencyError | None
+            outcome: Any = None  # where it is refused, what it is refused with takes the place
             try:
                 outcome = self._each(message, {0: refused[at]} if at in refused else {})[0]
                 over = self._table.refusal(mark)

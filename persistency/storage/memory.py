@@ -63,7 +63,7 @@ class _Within:
     __slots__ = ("do", "version")
 
     def __init__(self, do: Callable[[Any], Any]) -> None:
-        self.do = do
+        self.do: Callable[[Any], Any] = do
         self.version = 0
 
 
@@ -74,7 +74,7 @@ class MemoryStore:
 
     def __init__(self, options: StoreOptions) -> None:
         self.options = options
-        self.expires_ms = options.expires_ms
+        self.expires_ms: int | None = options.expires_ms
         self.next_expiry_ms: int | None = None
         self._table = Table()
         self._version = 0
@@ -218,7 +218,7 @@ class MemoryStore:
         limit, self._limit = self._limit, None
         self._within.version = self._version
         try:
-            answer = run.fn(self._within)
+            answer = run.fn(self._within)  # pyright: ignore[reportArgumentType]  # takes the slot `do` for a method
         except BaseException as error:  # even an interrupt is the function's own outcome
             self._take_back(mark)
             return Failed(error)

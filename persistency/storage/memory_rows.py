@@ -273,7 +273,7 @@ class Changes:
     """The newest changes of a job, in the order of versions."""
 
     def __init__(self, kept_max: int) -> None:
-        self.first = 0  # where in the list the kept ones begin
+        self.first: int = 0  # where in the list the kept ones begin
         self._kept_max = kept_max
         self._changes: list[StoredChange] = []
 
@@ -320,9 +320,9 @@ class Accounts:
     """What is kept up with every change of a row, as far as a job wants it: used bytes, ends, changes."""
 
     def __init__(self, table: Table, options: StoreOptions) -> None:
-        self.ends = Ends(table.categories)
-        self.changes = Changes(options.feed_changes_max) if options.feed_changes_max > 0 else None
-        self.used = 0  # bytes; stays 0 without a quota
+        self.ends: Ends = Ends(table.categories)
+        self.changes: Changes | None = Changes(options.feed_changes_max) if options.feed_changes_max > 0 else None
+        self.used: int = 0  # bytes; stays 0 without a quota
         self._has_quota = options.max_bytes is not None
         self._table = table
 

@@ -182,25 +182,30 @@ class Store(Protocol):
 
     def apply(self, group: Group, now_ms: int) -> list[Any]:
         """Run a group in one transaction; return one outcome per message, in order."""
+        raise NotImplementedError
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return the payload of a live row, or `None`."""
 
     def scan(self, span: ScanRange, now_ms: int) -> list[tuple[bytes, bytes]]:
         """Return the live rows of a range."""
+        raise NotImplementedError
 
     def read(self, message: Any, now_ms: int) -> Any:
         """Answer one read message outside any group; a `Failed` outcome is returned, not raised."""
 
     def reap(self, now_ms: int, limit: int) -> int:
         """Take at most `limit` rows away that are no longer live; return how many there were."""
+        raise NotImplementedError
 
     def status(self) -> Status:
         """Return the numbers; any thread may ask."""
+        raise NotImplementedError
 
     @property
     def last_version(self) -> int:
         """The last version given. Any thread may look."""
+        raise NotImplementedError
 
     def close(self, *, tidy: bool = True, now_ms: int = 0) -> None:
         """Give up everything that is held; nothing is called afterwards.
@@ -222,18 +227,21 @@ class Checkpointing(Protocol):
     @property
     def unsynced(self) -> bool:
         """Whether something was committed that isn't on the medium yet. Any thread may look."""
+        raise NotImplementedError
 
     def checkpoint_due(self, *, idle: bool) -> bool:
         """Say whether `checkpoint` should be called now; any thread may ask.
 
         `idle`: nobody is waiting, or somebody who had better wait for a short one now than for a long one later.
         """
+        raise NotImplementedError
 
     def checkpoint(self) -> None:
         """Carry the log over."""
 
     def fold(self) -> bool:
         """Carry all of the log over and cut it off, if nobody else reads there; return whether it could be done."""
+        raise NotImplementedError
 
     def settle(self) -> None:
         """Leave the file as a clean close would, without closing it."""
@@ -244,15 +252,18 @@ class Root(Protocol):
 
     def open(self, job_id: str, options: StoreOptions) -> Store:
         """Open a job's store and take ownership of it; raise `JobLocked` if another process has it."""
+        raise NotImplementedError
 
     def path(self, job_id: str) -> Path | None:
         """Return the file of a job, existing or not; `None` if jobs have none here. Raise `Misuse` for a bad id."""
 
     def stored(self) -> list[StoredJob]:
         """Return every job that is kept here, open or not, by id."""
+        raise NotImplementedError
 
     def drop(self, job_id: str) -> list[Path]:
         """Delete a job nobody has open; return the files removed. One that never existed is fine."""
+        raise NotImplementedError
 
 
 @runtime_checkable

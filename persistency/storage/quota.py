@@ -47,8 +47,8 @@ class Quota:
 
     def __init__(self, execute: Callable[..., Any], limit: int, used: int, used_ms: int) -> None:
         self.limit = limit
-        self.used = used
-        self.used_ms = used_ms
+        self.used: int = used
+        self.used_ms: int = used_ms
         self._execute = execute
 
     def advance(self, now_ms: int, next_expiry_ms: int | None) -> None:

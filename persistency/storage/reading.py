@@ -140,7 +140,7 @@ class SqliteReader:
             if fault is not None:
                 self._look_closely(now_ms)  # if it was removed meanwhile that is what is to be said
                 raise fault
-            return answer
+            return answer  # pyright: ignore[reportPossiblyUnboundVariable, reportReturnType]  # without a fault there is one
         raise Unavailable(f"{str(self._place.path)!r} is being written to, and its write-ahead log can't be read")
 
     def _alone(self, message: Any, now_ms: int) -> Any:

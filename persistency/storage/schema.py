@@ -41,7 +41,7 @@ from persistency.storage import inherited
 from persistency.storage.files import Sizes, clear_leftovers, size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
 
-log = logging.getLogger("persistency.storage")
+log: logging.Logger = logging.getLogger("persistency.storage")
 
 FORMAT = 2
 PAGE_BYTES = 4096

@@ -38,8 +38,8 @@ class Snapshots:
     """What one connection sees of a job's file: a snapshot at a time, each no longer than a look."""
 
     def __init__(self, path: Path, job_id: str, vfs: str | None, *, still: bool) -> None:
-        self.version = 0
-        self.latest_ms = 0
+        self.version: int = 0
+        self.latest_ms: int = 0
         self.expires_ms: int | None = None
         self._path = path
         self._job_id = job_id

@@ -46,7 +46,7 @@ from persistency.storage.quota import USED, USED_MS
 from persistency.storage.table import LATEST_MS, POINT, Table
 from persistency.storage.wal import WriteAheadLog
 
-log = logging.getLogger("persistency.storage")
+log: logging.Logger = logging.getLogger("persistency.storage")
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class SqliteStore(Folding):
     ) -> None:
         schema.own_log(connection)
         self.options = options
-        self.expires_ms = stored.get(schema.ENDS)
+        self.expires_ms: int | None = stored.get(schema.ENDS)
         self._connection = connection
         self._claim = claim
         self._log = WriteAheadLog(connection, str(path))

@@ -95,8 +95,8 @@ class Table:
     """
 
     def __init__(self, connection: apsw.Connection, version: int, now_ms: int) -> None:
-        self.version = version
-        self.now_ms = now_ms
+        self.version: int = version
+        self.now_ms: int = now_ms
         self.quota: Quota | None = None
         self.changes: Changes | None = None
         self.reaping_counts = False

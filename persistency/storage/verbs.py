@@ -315,6 +315,7 @@ class Within(Protocol):
     @property
     def version(self) -> int:
         """The last version given, the transaction's own included."""
+        raise NotImplementedError
 
-    def do(self, message: Any) -> Any:
+    def do(self, message: Any, /) -> Any:
         """Run one message, read or write, now, and return its answer; raise what would be a `Failed` outcome."""

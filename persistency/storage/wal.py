@@ -18,16 +18,16 @@ from persistency.logfields import about
 from persistency.storage.port import OutcomeUnknown
 from persistency.storage.schema import BUSY_MS, translated
 
-log = logging.getLogger("persistency.storage")
+log: logging.Logger = logging.getLogger("persistency.storage")
 
 
 class WriteAheadLog:
     """The log beside one connection's file. `pages` is its length, `unsynced` whether it is ahead of the medium."""
 
     def __init__(self, connection: apsw.Connection, name: str) -> None:
-        self.pages = 0
-        self.pinned = False
-        self.unsynced = False
+        self.pages: int = 0
+        self.pinned: bool = False
+        self.unsynced: bool = False
         self._connection = connection
         self._name = name
         self._told = False  # of readers who pin it: once is enough

@@ -51,6 +51,7 @@ class CareChecks(Checks):
             store.apply(group(*[put(b"c", b"%04d" % at, b"x" * 1000) for at in range(300)]), NOW_MS)
             store.apply(group(DropRange(b"c", b"0010", None)), NOW_MS)
             rows, version, before = dump(store), store.status().last_version, store.read(Extent(), NOW_MS)
+            left: int | None = None  # nobody knows yet
             for _ in range(1000):
                 left = store.apply(group(GiveBack(10)), NOW_MS)[0]
                 if not left:
