@@ -1,9 +1,10 @@
-"""The command line: `persistency demo`, `import`, `scan` and `get`.
+"""The command line: `persistency`, also `python -m persistency`. `docs/cli.md` has every command.
 
 Rules:
   1. It stands above everything: it uses the public names of the package and the codec of values, nothing else.
   2. typer and rich are an extra. Nothing outside this folder imports them, and without them one line says what to
      install.
+  3. What a command needs is imported when it runs: most of a short command's time is the start of the interpreter.
 
 Doesn't know: what the commands do; `app` lists them.
 """
@@ -11,11 +12,14 @@ Doesn't know: what the commands do; `app` lists them.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 
 def main() -> int:
     """Run the command that `sys.argv` names. Returns the exit code, or raises `SystemExit` with it."""
     try:
+        if find_spec("rich") is None:  # which is imported only where something is drawn
+            raise ModuleNotFoundError(name="rich")
         from persistency.cli.app import app
     except ModuleNotFoundError as error:
         # A module of our own that is missing is a defect, and has to be seen as one.
@@ -26,5 +30,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("persistency: interrupted", file=sys.stderr)
         return 130
+    from persistency import install_signal_handlers
+    from persistency.cli.ending import tell_what_is_logged
+
+    tell_what_is_logged()
+    install_signal_handlers()  # so that `kill` ends a command in order, as Ctrl-C does
     app(prog_name="persistency")
     return 0

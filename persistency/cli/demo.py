@@ -20,6 +20,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from persistency import Job, Key, KeyRange, Misuse, Persistency, Row, key
+from persistency.cli.demonstrating import KILLED_JOB, STREAM_JOB
 from persistency.cli.ending import Fault
 from persistency.cli.keys import format_key, key_to_json
 from persistency.cli.kill import Killed, kill_writer
@@ -27,8 +28,6 @@ from persistency.cli.show import show_counts, show_pairs
 from persistency.cli.stream import Posted, Streamed, stream
 from persistency.cli.verify import count_faults, rows_faults
 
-STREAM_JOB = "persistency-demo"
-KILLED_JOB = "persistency-demo-killed"
 CATEGORY = "records"
 # A read waits for what was posted before it. The producer is busy all the time with making records, so the mailbox is
 # full most of the time, and its bound is what a read's time is made of: enough to share a commit, and no more.
@@ -46,10 +45,12 @@ class Source(Protocol):
     @property
     def position(self) -> int:
         """How far it is, in the unit of `size`."""
+        raise NotImplementedError
 
     @property
     def where(self) -> str:
         """The place that was read last, for messages."""
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[Key, bytes]]: ...
 

@@ -5,26 +5,23 @@ Rules:
      lines are skipped.
   2. What is wrong is a `Fault` that names the file and the line; lines are counted from 1.
   3. One line is in memory at a time, and a line has a longest length.
-  4. Whether a file is gzip is seen in its first bytes, so that pipes and other names work too.
 
 Doesn't know: jobs, what is done with the records.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from persistency import Key, Misuse, key
 from persistency.cli.ending import Fault
+from persistency.cli.infile import InFile
+from persistency.cli.jsonable import loads
 from persistency.codec.values import encode
 
 LINE_BYTES_MAX = 64 * 1024 * 1024
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 class RecordFile:
@@ -34,71 +31,76 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, fields: tuple[str, ...]) -> None:
-        self._path = path
+        self._file = InFile(path)
         self._fields = fields
-        self._line = 0
-        self._raw = open(path, "rb")  # noqa: SIM115  # closed by close()
-        self._lines: IO[bytes] = self._raw
-        # A pipe has no size, and no position either.
-        self.size = path.stat().st_size if self._raw.seekable() else None
-        self.title = path.name
+        self.size: int | None = self._file.size
+        self.title: str = self._file.title
 
     @property
     def position(self) -> int:
         """How far it was read, in bytes."""
-        return 0 if self.size is None else self._raw.tell()
+        return self._file.position
 
     @property
     def where(self) -> str:
         """The place that was read last, for messages."""
-        return f"{self._path}, line {self._line}"
+        return self._file.where
 
     def close(self) -> None:
         """Close the file."""
-        self._lines.close()
-        self._raw.close()
+        self._file.close()
 
     def __iter__(self) -> Iterator[tuple[Key, bytes]]:
-        if self._raw.peek(2)[:2] == _GZIP_MAGIC:
-            self._lines = cast("IO[bytes]", gzip.GzipFile(fileobj=self._raw))
-        while line := self._next():
-            if not line.isspace():
-                yield self._record(line)
+        return records_of(self._file, self._fields)
 
-    def _next(self) -> bytes:
-        self._line += 1
-        try:
-            line = self._lines.readline(LINE_BYTES_MAX + 1)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise Fault(f"{self.where}: the gzip file is damaged: {error}") from error
-        if len(line) > LINE_BYTES_MAX:
-            raise Fault(f"{self.where}: over {LINE_BYTES_MAX} bytes without an end of line")
-        return line
 
-    def _record(self, line: bytes) -> tuple[Key, bytes]:
+def records_of(file: InFile, fields: tuple[str, ...]) -> Iterator[tuple[Key, bytes]]:
+    """Give the keys and payloads of a file's records."""
+    for record in objects_of(file):
+        key_of_it = record_key(file, record, fields)
         try:
-            record = json.loads(line.decode("utf-8-sig" if self._line == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise Fault(f"{self.where}: not JSON: {error}", "Each line must be one JSON object.") from error
-        if not isinstance(record, dict):
-            raise Fault(f"{self.where}: {_kind(record)}, not an object", "Each line must be one JSON object.")
-        parts = [self._part(record, field) for field in self._fields]
-        try:
-            return key(*parts), encode(record)
+            payload = encode(record)
         except Misuse as error:
-            raise Fault(f"{self.where}: {error}", error.hint) from error
-
-    def _part(self, record: dict[str, Any], field: str) -> Any:
-        if field not in record:
-            names = ", ".join(list(record)[:20])
-            raise Fault(f"{self.where}: no field {field!r}", f"The record has: {names or 'no fields'}.")
-        part = record[field]
-        if isinstance(part, dict | list):
-            hint = "A part of a key is a text, a number, true, false or null."
-            raise Fault(f"{self.where}: field {field!r} is {_kind(part)}, which can't be a part of a key", hint)
-        return part
+            raise Fault(f"{file.where}: {error}", error.hint) from error
+        yield key_of_it, payload
 
 
-def _kind(value: Any) -> str:
+def objects_of(file: InFile) -> Iterator[dict[str, Any]]:
+    """Give the JSON object of each line that isn't empty."""
+    while line := file.next_line(LINE_BYTES_MAX):
+        if line.isspace():
+            continue
+        try:
+            record = loads(line.decode("utf-8-sig" if file.line == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise Fault(f"{file.where}: not JSON: {error}", "Each line must be one JSON object.") from error
+        except ValueError as error:
+            raise Fault(f"{file.where}: {error}", "Each line must be one JSON object.") from error
+        if not isinstance(record, dict):
+            raise Fault(f"{file.where}: {kind_of(record)}, not an object", "Each line must be one JSON object.")
+        yield record
+
+
+def record_key(file: InFile, record: Mapping[str, Any], fields: tuple[str, ...]) -> Key:
+    """Return the key that the named fields of a record make."""
+    try:
+        return key(*(_part(file, record, field) for field in fields))
+    except Misuse as error:
+        raise Fault(f"{file.where}: {error}", error.hint) from error
+
+
+def _part(file: InFile, record: Mapping[str, Any], field: str) -> Any:
+    if field not in record:
+        names = ", ".join(list(record)[:20])
+        raise Fault(f"{file.where}: no field {field!r}", f"The record has: {names or 'no fields'}.")
+    part = record[field]
+    if isinstance(part, dict | list):
+        hint = "A part of a key is a text, a number, true, false or null."
+        raise Fault(f"{file.where}: field {field!r} is {kind_of(part)}, which can't be a part of a key", hint)
+    return part
+
+
+def kind_of(value: Any) -> str:
+    """Return what JSON calls a value."""
     names = {dict: "an object", list: "an array", str: "a text", bool: "a truth value", type(None): "null"}
     return names.get(type(value), "a number")

@@ -22,9 +22,9 @@ class UnicodeData:
     """The records of this Python's Unicode character database, in the order of the code points."""
 
     def __init__(self, stop: int = sys.maxunicode + 1) -> None:
-        self.title = f"Unicode {unicodedata.unidata_version}"
+        self.title: str = f"Unicode {unicodedata.unidata_version}"
         self.size: int | None = stop
-        self.position = 0
+        self.position: int = 0
         self._stop = stop
 
     @property

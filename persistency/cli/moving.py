@@ -1,0 +1,169 @@
+"""The commands that move rows in and out: `import`, `export`.
+
+Rules:
+  1. What `export` writes `import` reads back as the same rows.
+  2. An import that stops early says what is stored; an export that stops early leaves no file.
+
+Doesn't know: how anything is done.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+import typer
+
+from persistency import Reader
+from persistency.cli.arguments import AnyCategory, AsJson, JobId, Root, as_fields
+from persistency.cli.ending import Fault, say, told
+from persistency.cli.opening import looking_into
+from persistency.cli.rowfile import Format, RowFile, format_of
+from persistency.cli.show import progress, show_json, show_pairs, working
+
+Form = Annotated[
+    Format | None,
+    typer.Option("--format", help="The format; without it what the file's name ends in says so.", show_default=False),
+]
+
+
+@told
+def import_(
+    root: Root,
+    job: JobId,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A .jsonl, .csv or .cbor file, packed by gzip or not; - is stdin.", show_default=False
+        ),
+    ],
+    fields: Annotated[
+        str | None,
+        typer.Option("--key", metavar="FIELD,FIELD", help="The fields of a record that make its key."),
+    ] = None,
+    category: AnyCategory = None,
+    form: Form = None,
+    atomic: Annotated[bool, typer.Option("--atomic", help="All of it in one batch, or nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put the rows of a file into a job: those of an export, or records whose fields make the key.
+
+    The job is made if it isn't there. Where two records have one key, the last one wins; rows with other keys stay.
+    With --key a record is stored whole, as CBOR. At a bad line, and at Ctrl-C, it stops: all records before it are
+    stored, nothing behind it is, and it says how far it came. With --atomic all are stored or none; the file has to
+    fit in memory then.
+
+    Example: persistency import data packages debian-packages.jsonl.gz --key section,package
+    """
+    names, chosen = as_fields(fields), format_of(file, form)
+    if chosen is Format.cbor:
+        _check_cbor(names, category, atomic=atomic)
+        _import_stream(root, job, file, as_json=as_json)
+        return
+    from persistency.cli import csvrows, jsonlines
+    from persistency.cli.infile import InFile
+    from persistency.cli.intake import DEFAULT_CATEGORY, take_in
+
+    named = DEFAULT_CATEGORY if category is None and names is not None else category
+    read = csvrows.rows_of if chosen is Format.csv else jsonlines.rows_of
+    rows = RowFile(InFile(file), partial(read, fields=names))
+    with closing(rows) as source, progress(source.title, source) as advance:
+        intake = take_in(root, job, named, source, advance, atomic=atomic)
+    numbers = {"records": intake.records, "keys": intake.keys, "new": intake.new, "ended": intake.ended}
+    if as_json:
+        show_json(numbers | {"seconds": round(intake.seconds, 3)})
+        return
+    pairs = [
+        ("records read", f"{intake.records:,}"),
+        *([("of them ended, and left out", f"{intake.ended:,}")] if intake.ended else []),
+        ("keys stored", f"{intake.keys:,}"),
+        ("of them new", f"{intake.new:,}"),
+        ("seconds", f"{intake.seconds:.2f}"),
+    ]
+    show_pairs(f"{job}: {', '.join(intake.before) or named or DEFAULT_CATEGORY}", pairs)
+
+
+def _check_cbor(names: tuple[str, ...] | None, category: str | None, *, atomic: bool) -> None:
+    for option, typed in (("--key", names is not None), ("--category", category is not None)):
+        if typed:
+            raise typer.BadParameter("rows of an export have theirs", param_hint=f"'{option}'")
+    if atomic:
+        message = "an export is taken in by batches, one after the other; import JSON lines or CSV so"
+        raise typer.BadParameter(message, param_hint="'--atomic'")
+
+
+def _import_stream(root: str, job: str, file: Path, *, as_json: bool) -> None:
+    from persistency.cli.infile import InFile
+    from persistency.cli.intake import take_stream
+
+    with closing(InFile(file)) as source, progress(source.title, source) as advance:
+        intake = take_stream(root, job, source, advance)
+    if as_json:
+        show_json({"records": intake.records, "seconds": round(intake.seconds, 3)})
+    else:
+        show_pairs(job, [("rows taken in", f"{intake.records:,}"), ("seconds", f"{intake.seconds:.2f}")])
+
+
+@told
+def export(
+    root: Root,
+    job: JobId,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .jsonl, .csv or .cbor file, with .gz packed; - is stdout.")
+    ],
+    fields: Annotated[
+        str | None,
+        typer.Option("--key", metavar="FIELD,FIELD", help="CSV: the columns that make the key, in its place."),
+    ] = None,
+    category: AnyCategory = None,
+    form: Form = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the rows of a job to a file, whole or not at all, also while a service has the job open.
+
+    JSON lines and CBOR hold every row, with its end, to the byte. CSV holds one category of flat records, and says
+    what it can't hold. It is no snapshot of one moment: rows that come or go meanwhile may be in it or not.
+
+    Examples: persistency export data packages packages.jsonl.gz; persistency export data packages - | jq .value
+    """
+    from persistency.cli.outfile import STDOUT, writing
+    from persistency.cli.outtake import give_out
+
+    names, chosen = as_fields(fields), format_of(file, form)
+    if names is not None and chosen is not Format.csv:
+        raise typer.BadParameter(
+            "only CSV has columns; JSON lines and CBOR have a key of its own", param_hint="'--key'"
+        )
+    started = monotonic()
+    with looking_into(root, job) as opened:
+        categories = _categories(opened, category, chosen)
+        with working(f"{job} to {file.name}", "rows") as advance, writing(file) as into:
+            rows = give_out(opened, categories, into, chosen, names, lambda done: advance(done, None))
+    if str(file) == STDOUT:
+        return
+    numbers: dict[str, Any] = {"rows": rows, "categories": categories, "seconds": round(monotonic() - started, 3)}
+    if as_json:
+        show_json(numbers)
+        return
+    pairs = [
+        ("rows written", f"{rows:,}"),
+        ("categories", ", ".join(categories)),
+        ("seconds", f"{numbers['seconds']:.2f}"),
+    ]
+    show_pairs(f"{job}: {file}", pairs)
+
+
+def _categories(job: Reader, category: str | None, chosen: Format) -> list[str]:
+    """Return what is to be exported."""
+    there = job.categories().result()
+    if category is not None:
+        if category not in there:
+            has = ", ".join(there) or "no rows at all"
+            say(f"no rows: Category {category!r} is empty; the job has: {has}.")
+        return [category]
+    if chosen is Format.csv and len(there) > 1:
+        raise Fault("CSV takes one category", f"Name it with --category; the job has: {', '.join(there)}.")
+    return there
