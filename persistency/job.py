@@ -21,14 +21,13 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from persistency import care, messages, outside
 from persistency.actor.bounds import Bounds
-from persistency.actor.errand import Progress, Steps, errand
+from persistency.actor.errand import Progress
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.tally import Statistics
 from persistency.arguments import (
     CATEGORIES,
     as_category,
-    as_file,
     as_flag,
     as_key_bytes,
     as_payload,
@@ -39,7 +38,7 @@ from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange
 from persistency.errors import Closed
 from persistency.ops import KeyLike, Op, Payload, Ttl
 from persistency.reads import Reads
-from persistency.storage.port import BackUp, Barrier, CheckUp
+from persistency.storage.port import Barrier
 from persistency.transaction import Transaction, program
 
 T = TypeVar("T")
@@ -193,23 +192,6 @@ class Job(Reads):
 
     # -- as a whole: done beside the job's work, in a thread of its own ------------------------------------------
 
-    def backup(self, path: str | PathLike[str], progress: Progress | None = None) -> Reply[None]:
-        """Copy the job, as it is now or a little later, to a file: verified, and there whole or not at all.
-
-        The copy is a job's file like any other; `Persistency.restore` makes a job of it. What was at `path` is
-        replaced. `progress(done, total)` is told the bytes. What goes wrong with the target (`DiskFull`,
-        `Unavailable`) harms the copy alone. Raises `Misuse` for a path that is another job's.
-        """
-        message, progress = BackUp(as_file(path, "path")), as_progress(progress)
-        return self._errand("backup", care.begun(self._mailbox.ask(message, reads=False)), progress)
-
-    def check(self, progress: Progress | None = None) -> Reply[list[str]]:
-        """Look for what is wrong with the file and for keys that don't decode; an empty list when all is sound."""
-        progress = as_progress(progress)
-        stored = self._mailbox.ask(CheckUp(), reads=False)
-        steps = care.checked(stored, self.categories, lambda category: self.iterate(category, keys_only=True))
-        return self._errand("check", steps, progress)
-
     def compact(self, progress: Progress | None = None) -> Reply[int]:
         """Give the file's unused pages back, a slice of 4 MB at a time; answer how many bytes it lost.
 
@@ -250,9 +232,6 @@ class Job(Reads):
 
         steps = transfer.imported(lambda: self._mailbox, self._now_ms, source)
         return self._errand("import", steps, as_progress(progress))
-
-    def _errand(self, name: str, steps: Steps[T], progress: Progress | None) -> Reply[T]:
-        return errand(f"persistency:{self.id}:{name}", steps, progress)
 
     # -- the handle ----------------------------------------------------------------------------------------------
 

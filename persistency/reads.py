@@ -10,19 +10,23 @@ Doesn't know: who answers, where the rows come from, writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
-from persistency import messages
+from persistency import care, messages
+from persistency.actor.errand import Progress, Steps, errand
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.arguments import CATEGORIES, as_category, as_count, as_flag
+from persistency.arguments import CATEGORIES, as_category, as_count, as_file, as_flag, as_progress
 from persistency.closing import Closing
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key
 from persistency.errors import Misuse
 from persistency.ops import Change, Entry, Found, KeyLike, Row
 from persistency.paging import Pages
-from persistency.storage.port import LastVersion, ListCategories, ScanRange, UsedBytes
+from persistency.storage.port import BackUp, CheckUp, LastVersion, ListCategories, ScanRange, UsedBytes
+
+T = TypeVar("T")
 
 _EVERYTHING = KeyRange()
 
@@ -167,6 +171,28 @@ class Reads(Closing):
     def storage_used(self) -> Reply[int]:
         """Ask how many bytes the payloads of all rows have; known where the job has `max_bytes`, elsewhere counted."""
         return self._mailbox.read(UsedBytes())
+
+    # -- as a whole: done beside whoever uses the job, in a thread of its own ------------------------------------------
+
+    def backup(self, path: str | PathLike[str], progress: Progress | None = None) -> Reply[None]:
+        """Copy the job, as it is now or a little later, to a file: verified, and there whole or not at all.
+
+        The copy is a job's file like any other; `Persistency.restore` makes a job of it. What was at `path` is
+        replaced. `progress(done, total)` is told the bytes. What goes wrong with the target (`DiskFull`,
+        `Unavailable`) harms the copy alone. Raises `Misuse` for a path that is another job's.
+        """
+        message, progress = BackUp(as_file(path, "path")), as_progress(progress)
+        return self._errand("backup", care.begun(self._mailbox.ask(message, reads=False)), progress)
+
+    def check(self, progress: Progress | None = None) -> Reply[list[str]]:
+        """Look for what is wrong with the file and for keys that don't decode; an empty list when all is sound."""
+        progress = as_progress(progress)
+        stored = self._mailbox.ask(CheckUp(), reads=False)
+        steps = care.checked(stored, self.categories, lambda category: self.iterate(category, keys_only=True))
+        return self._errand("check", steps, progress)
+
+    def _errand(self, name: str, steps: Steps[T], progress: Progress | None) -> Reply[T]:
+        return errand(f"persistency:{self.id}:{name}", steps, progress)
 
     # -- the handle ----------------------------------------------------------------------------------------------
 

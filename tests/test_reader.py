@@ -178,6 +178,7 @@ QUESTIONS: dict[str, Callable[[Job | Reader], Any]] = {
     "version": lambda job: job.version().result(),
     "changes": lambda job: job.changes(15, 500).result(),
     "storage_used": lambda job: job.storage_used().result(),
+    "check": lambda job: job.check().result(),
 }
 
 
@@ -197,7 +198,7 @@ def test_every_verb_gives_the_owners_answer(p: Persistency, wall: Wall, max_byte
     job.increment("c", key("n"), 7).result()
     with p.open_reader("alpha") as reader:
         assert {name for name in dir(Reader) if not name.startswith("_")} - {"path", "id"} == {
-            *(name.split()[0] for name in QUESTIONS), "close", "aclose", "closed", "now_ms",
+            *(name.split()[0] for name in QUESTIONS), "backup", "close", "aclose", "closed", "now_ms",
         }  # fmt: skip
         for seconds in (0, 5, 2):
             wall.now += seconds
@@ -219,7 +220,6 @@ def test_a_reader_has_no_verb_that_writes() -> None:
         "touch",
         "flush",
         "compact",
-        "backup",
         "import_",
     }
     assert writing <= set(dir(Job))
@@ -763,6 +763,53 @@ def test_many_threads_share_a_reader(p: Persistency) -> None:
 
 
 # -- the end of a process ----------------------------------------------------------------------------------------
+
+# -- as a whole --------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_backs_up_and_checks_a_job_beside_its_owner(p: Persistency, child: Child, tmp_path: Path) -> None:
+    """A copy that is made while another process writes is of one moment, sound, and whole; the writer goes on."""
+    child.ask(f"p = Persistency({p.root!r}); job = p.open_job('alpha'); ACCOUNTS = {ACCOUNTS}; whole = True")
+    child.ask("stop = threading.Event(); job.persist([Put(f'c{at % 3}', key(at), b'0') for at in range(ACCOUNTS)])")
+    child.ask("job.flush().result()")
+    child.ask(WRITER)
+    child.ask("written = []; thread = threading.Thread(target=lambda: written.append(write())); thread.start()")
+    told: list[tuple[int, int | None]] = []
+    with p.open_reader("alpha") as reader:
+        for number in range(5):
+            reader.backup(tmp_path / f"{number}.backup", lambda *step: told.append(step)).result()
+            assert reader.check().result() == []
+    child.ask("stop.set(); thread.join()")
+    assert child.ask("written[0] > 0 and job.flush().result() is None")
+    child.ask("p.close()")
+    versions = []
+    for number in range(5):
+        p.restore(f"copy{number}", tmp_path / f"{number}.backup")
+        with p.open_reader(f"copy{number}") as copy:
+            assert torn(copy) is None
+            assert copy.check().result() == []
+            versions.append(copy.version().result())
+    assert versions == sorted(versions)
+    assert versions[-1] > versions[0] > 0
+    assert told[-1][0] == told[-1][1]
+
+
+def test_a_reader_finds_damage(p: Persistency, child: Child) -> None:
+    """What is wrong with a job that another process has open is told, and harms nobody."""
+    child.ask(f"p = Persistency({p.root!r}); job = p.open_job('alpha')")
+    child.ask("job.put('c', RawKey(b'\\xff'), b''); job.flush().result()")
+    with p.open_reader("alpha") as reader:
+        [problem] = reader.check().result()
+        assert "1 keys are no encoded tuples" in problem
+        for path in (p.root + "/alpha.db", p.root + "/beta.db"):
+            with pytest.raises(Misuse):
+                reader.backup(path).result()
+    with pytest.raises(Closed):
+        reader.backup("x")
+    with pytest.raises(Closed):
+        reader.check()
+    child.ask("job.put('c', key(1), b'1'); p.close()")
+
 
 LATE = """
 import atexit, sys

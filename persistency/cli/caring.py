@@ -2,7 +2,8 @@
 
 Rules:
   1. What deletes or replaces a job asks first, on a terminal, and wants `--yes` elsewhere.
-  2. Each needs the job for itself, for as long as it takes; of one that is open elsewhere it says in which process.
+  2. `backup` and `check` look beside whoever has the job open. The others need it for themselves; of one that is open
+     elsewhere they say in which process.
 
 Doesn't know: how anything is done.
 """
@@ -11,16 +12,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from persistency import Job, JobLocked, Misuse, Persistency, StoredJob
+from persistency import JobLocked, Misuse, Persistency, StoredJob
 from persistency.cli.arguments import AsJson, JobId, Root, Yes
 from persistency.cli.asking import ask
 from persistency.cli.completing import job_ids
-from persistency.cli.ending import Fault, Locked, say, told
-from persistency.cli.opening import find, having, owned
+from persistency.cli.ending import Fault, say, told
+from persistency.cli.opening import find, having, looking_into, owned
 from persistency.cli.show import as_size, show_json, show_line, working
 from persistency.cli.working import carried_out
 
@@ -36,12 +37,11 @@ def backup(
 ) -> None:
     """Copy a job, as it is at one moment, to a file: checked, and there whole or not at all.
 
-    The job must not be open elsewhere: a service makes backups of its own jobs with job.backup(path).
+    The job may be in use: its owner isn't kept waiting. What the owner hasn't committed yet isn't in the copy.
 
     Example: persistency backup data packages packages.backup
     """
-    instead = "To have its rows while it is open: persistency export"
-    with having(root, job, instead=instead) as opened, working(f"{job} to {file.name}", "bytes") as advance:
+    with looking_into(root, job) as opened, working(f"{job} to {file.name}", "bytes") as advance:
         carried_out(lambda step: opened.backup(file, step), advance, f"{file} is as it was before")
     size = file.stat().st_size
     if as_json:
@@ -87,22 +87,16 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for damage in jobs: in the file, in its rows and notes, in keys.
+    """Look for damage in jobs: in the file, in its rows and notes, in keys. They may be in use.
 
-    Exit code 1 if there is any; 3 if all that could be checked is sound, but some jobs are open elsewhere.
+    Exit code 1 if there is any.
 
     Example: persistency check data
     """
-    named = jobs or _there(root)
-    problems, locked = 0, 0
-    for job in named:
-        try:
-            with having(root, job) as opened, working(f"checking {job}", "rows") as advance:
-                found = _checked(opened, advance)
-        except Locked as error:
-            say(str(error))
-            locked += 1
-            continue
+    problems = 0
+    for job in jobs or _there(root):
+        with looking_into(root, job) as opened, working(f"checking {job}", "rows") as advance:
+            found = carried_out(opened.check, advance, f"job {job!r} isn't checked to the end")
         problems += len(found)
         if as_json:
             show_json({"job": job, "problems": found})
@@ -112,13 +106,6 @@ def check(
     if problems:
         hint = "Restore the jobs from a backup; docs/care.md says what else can be done."
         raise Fault(f"{problems:,} {'problem' if problems == 1 else 'problems'} found", hint)
-    if locked:
-        hint = "Have the processes that have them call job.check(), or check a copy that they back up."
-        raise Locked(f"{locked:,} of {len(named):,} jobs couldn't be checked", hint)
-
-
-def _checked(job: Job, advance: Any) -> list[str]:
-    return carried_out(job.check, advance, f"job {job.id!r} isn't checked to the end")
 
 
 @told

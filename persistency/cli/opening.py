@@ -36,14 +36,12 @@ def looking_into(root: str, job_id: str) -> Iterator[Reader]:
 
 
 @contextmanager
-def having(
-    root: str, job_id: str, *, make: bool = False, clock: Callable[[], float] | None = None, instead: str = ""
-) -> Iterator[Job]:
-    """Give a job that is there, or is to be made, and nobody else has; `instead` says what to do if somebody has."""
+def having(root: str, job_id: str, *, make: bool = False, clock: Callable[[], float] | None = None) -> Iterator[Job]:
+    """Give a job that is there, or is to be made, and nobody else has."""
     with Persistency(root, clock=clock) as persistency:
         if not make:
             find(persistency, root, job_id)
-        with _opened(persistency, job_id, instead) as job:
+        with _opened(persistency, job_id) as job:
             yield job
 
 
@@ -66,7 +64,7 @@ def find(persistency: Persistency, root: str, job_id: str) -> StoredJob:
 
 
 @contextmanager
-def _opened(persistency: Persistency, job_id: str, instead: str) -> Iterator[Job]:
+def _opened(persistency: Persistency, job_id: str) -> Iterator[Job]:
     try:
         job = persistency.open_job(
             job_id,
@@ -74,16 +72,15 @@ def _opened(persistency: Persistency, job_id: str, instead: str) -> Iterator[Job
             stall_timeout=_STALL_TIMEOUT,
         )
     except JobLocked as error:
-        raise owned(error, instead) from error
+        raise owned(error) from error
     with job:
         yield job
 
 
-def owned(error: JobLocked, instead: str = "") -> Locked:
+def owned(error: JobLocked) -> Locked:
     """Return what says that another process has a job, and what to do about it."""
     stop = "that process" if error.pid is None else f"process {error.pid}"
-    hint = f"Have {stop} do it, or close the job there (or stop it) and try again."
-    return Locked(str(error), f"{hint}\n{instead}".strip())
+    return Locked(str(error), f"Have {stop} do it, or close the job there (or stop it) and try again.")
 
 
 def _keeps_changes(persistency: Persistency, job_id: str) -> bool:

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import apsw
 
 from persistency.errors import Closed, Forked, PersistencyError, Unavailable
-from persistency.storage import files
+from persistency.storage import checking, copying, files
 from persistency.storage.openings import undisturbed
-from persistency.storage.port import PLACES, Failed, GetRow, Group, ScanRange, Status
+from persistency.storage.port import PLACES, BackUp, CheckUp, Failed, GetRow, Group, ScanRange, Status
 from persistency.storage.snapshots import Snapshots, not_found
 
 T = TypeVar("T")
@@ -37,6 +37,11 @@ _Stamp: TypeAlias = tuple[int, int, int, int]
 TRIES = 3  # to read a file that lay still, and then didn't
 _NEVER_MS = 2**62
 _TICK_NS = 100_000_000  # two changes within one tick of the file system's clock look like one
+# What reads the whole file in steps, by a connection and in a transaction of its own.
+_BESIDE: dict[type, Callable[[Path, Any, str | None], Any]] = {
+    BackUp: lambda path, message, vfs: copying.back_up(path, message.target, vfs=vfs),
+    CheckUp: lambda path, _message, vfs: checking.check(path, vfs=vfs),
+}
 _NOTHING_BESIDE = (apsw.SQLITE_CANTOPEN, apsw.SQLITE_READONLY)  # SQLite can't have what it wants beside the file
 
 
@@ -76,6 +81,8 @@ class SqliteReader:
     def apply(self, group: Group, now_ms: int) -> list[Any]:
         """Answer a group of reads in one snapshot. A read that fails is a `Failed` outcome, whatever the reason."""
         messages = group[1::PLACES]
+        if not _BESIDE.keys().isdisjoint(map(type, messages)):
+            return [self._alone(message, now_ms) for message in messages]
         try:
             return self._ask(lambda snapshots: [snapshots.answer(message) for message in messages], now_ms)
         except (Unavailable, Closed) as error:
@@ -95,6 +102,9 @@ class SqliteReader:
 
     def read(self, message: Any, now_ms: int) -> Any:
         """Answer one read."""
+        if (beside := _BESIDE.get(type(message))) is not None:
+            self._look_closely(now_ms)
+            return beside(self._place.path, message, self._vfs)
         return self._ask(lambda snapshots: snapshots.answer(message), now_ms)
 
     def reap(self, now_ms: int, limit: int) -> int:  # noqa: ARG002  # the port has them
