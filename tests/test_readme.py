@@ -10,22 +10,35 @@ import shlex
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
+PAGES = [README, *sorted((README.parent / "docs").rglob("*.md"))]
+# Pages whose blocks make one whole, and the tests that run them as such.
+AS_A_WHOLE = {"tutorial.md": "test_tutorial.py"}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def where(page: Path, text: str) -> str:
+    """The name of a block's test: its page and line."""
+    name = str(page.relative_to(README.parent).with_suffix("")).removeprefix("docs/").replace("/", "-")
+    return f"{name}-line-{text.count(chr(10)) + 1}"
+
+
 BLOCKS = [
-    (match.group(1), match.group(2), f"{page.stem}-line-{page.read_text()[: match.start()].count(chr(10)) + 1}")
+    (match[1], match[2], where(page, page.read_text()[: match.start()]))
     for page in PAGES
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    if page.name not in AS_A_WHOLE
+    for match in FENCED.finditer(page.read_text())
 ]
 
 
 def blocks(language: str) -> list[object]:
     """The blocks of a language, named by their page and line."""
-    return [pytest.param(text, id=where) for name, text, where in BLOCKS if name == language]
+    return [pytest.param(text, id=place) for name, text, place in BLOCKS if name == language]
 
 
 def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -37,11 +50,18 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_every_block_is_of_a_kind_that_is_executed() -> None:
     """There is no code block that the tests here don't know how to run."""
     assert {name for name, _, _ in BLOCKS} <= {"python", "sh", "sql"}
+    for page in PAGES:
+        fences = re.findall(r"^\s*(?:```|~~~)", page.read_text(), re.MULTILINE)
+        assert len(fences) == 2 * len(FENCED.findall(page.read_text())), f"{page} has a fence of another form"
+    for page, test in AS_A_WHOLE.items():
+        assert page in (Path(__file__).parent / test).read_text()
+    for page in sorted((README.parent / "docs").rglob("*.rst")):
+        assert not re.search(r"::$|^\s*\.\. code", page.read_text(), re.MULTILINE), f"{page}: blocks are in pages"
 
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_blocks_run(block: str, tmp_path: Path) -> None:
-    """A Python block runs from an empty directory, and again where it has run, without a warning."""
+    """A Python program runs from an empty directory, and again where it has run, without a warning."""
     for _ in range(2):
         finished = run([sys.executable, "-X", "dev", "-c", block], tmp_path)
         assert finished.returncode == 0, finished.stderr
@@ -49,23 +69,27 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
         assert "Traceback" not in finished.stderr
 
 
+def of_one_line(statement: str) -> str:
+    """A statement with its white space made even."""
+    return " ".join(statement.split())
+
+
 @pytest.mark.parametrize("block", blocks("sql"))
-def test_sql_blocks_are_the_schema(block: str, tmp_path: Path) -> None:
-    """The schema shown is the one a new file has, to the letter of its columns."""
+def test_sql_blocks_hold_for_a_job_s_file(block: str, tmp_path: Path) -> None:
+    """A definition shown is the one a new file has, word for word; any other statement answers something there."""
     from persistency import Persistency
 
     with Persistency(tmp_path) as p:
-        path = p.open_job("alpha").path
-    shown, real = sqlite3.connect(":memory:"), sqlite3.connect(path)
-    shown.execute(block)
-    for asked in (
-        "SELECT * FROM pragma_table_xinfo('kv')",
-        "SELECT type, wr FROM pragma_table_list('kv')",
-        "SELECT name, origin FROM pragma_index_list('kv') WHERE origin = 'pk'",
-    ):
-        assert shown.execute(asked).fetchall() == real.execute(asked).fetchall() != []
-    shown.close()
-    real.close()
+        job = p.open_job("alpha", feed_changes_max=10)
+        job.put("message", ("lobby", 1), b"hello")
+        job.put("message", ("lobby", 2), b"soon gone", ttl=3600)
+    with closing(sqlite3.connect(f"file:{job.path}?mode=ro", uri=True)) as file:
+        real = {of_one_line(sql) for (sql,) in file.execute("SELECT sql FROM sqlite_schema WHERE sql NOT NULL")}
+        for statement in filter(None, map(of_one_line, block.split(";"))):
+            if statement.startswith("CREATE"):
+                assert statement in real
+            else:
+                assert file.execute(statement).fetchall() != []
 
 
 @pytest.mark.parametrize("block", blocks("sh"))

@@ -1,0 +1,60 @@
+"""How the documentation is built: `python -m sphinx -W --keep-going -b html docs build/docs` (extra `docs`)."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+# The package beside these pages is the one described, and docstrings.py is one of ours.
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import persistency  # noqa: E402  # it is found by the line above
+
+project = "persistency"
+author = "persistency contributors"
+project_copyright = "persistency contributors"
+version = release = persistency.__version__
+
+extensions = ["sphinx.ext.autodoc", "myst_parser", "sphinx_copybutton", "docstrings"]
+exclude_patterns = ["build"]
+nitpicky = True
+# Their documentation is elsewhere.
+nitpick_ignore_regex = [("py:.*", r"(prometheus_client|opentelemetry)\b.*")]
+# An option's text isn't prose: `--json` is no dash, and a quotation mark is the one to be typed.
+smartquotes = False
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+# Where the libraries of an integration aren't installed it is described all the same.
+autodoc_mock_imports = [name for name in ("prometheus_client", "opentelemetry") if find_spec(name) is None]
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = False
+autodoc_type_aliases = {
+    "ChangeKind": "persistency.storage.verbs.ChangeKind",
+    "Durability": "persistency.storage.port.Durability",
+    "KeyLike": "persistency.ops.KeyLike",
+    "OnError": "persistency.options.OnError",
+    "OnFull": "persistency.actor.bounds.OnFull",
+    "Op": "persistency.Op",
+    "Payload": "persistency.ops.Payload",
+    "Progress": "persistency.actor.errand.Progress",
+    "State": "persistency.actor.tally.State",
+    "Ttl": "persistency.ops.Ttl",
+    "Kind": "persistency.shared.places.Kind",
+    "Group": "persistency.storage.verbs.Group",
+}
+# A signature that doesn't fit into a line has a line for each argument; counted are the full names of its types.
+python_maximum_signature_line_length = 115
+python_use_unqualified_type_names = True
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+html_theme = "furo"
+html_title = f"persistency {release}"
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {"navigation_with_keys": True}
+copybutton_exclude = ".linenos, .gp, .go"
