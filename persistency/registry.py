@@ -287,7 +287,7 @@ class Site:
             with self._lock:
                 if job._closed:
                     closing = entry.worker.closed if entry.worker is not None and entry.leaving else ready()
-                    return ready() if closing.done() else closing
+                    return ready() if closing.done() and closing._unseen is None else closing
                 if entry.leaving and entry.worker is not None:  # its time is over, and it was swept away
                     job._shut()
                     return entry.worker.closed

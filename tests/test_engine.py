@@ -985,6 +985,27 @@ def test_a_close_that_takes_too_long_names_the_jobs(root: Path, monkeypatch: pyt
         assert again.open_job("quick").get("c", ("k",)).result(WAIT) == b"1"
 
 
+def test_what_a_late_closing_has_to_tell_the_next_close_tells(
+    root: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    """Promise 3: after a `close(timeout)` that ran out, the next one raises what has failed, and only that one."""
+    held(monkeypatch, gate)
+    with Persistency(root) as persistency:
+        job = persistency.open_job("slow")
+        job.put("held", ("k",), b"")
+        gate.wait()
+        job.persist([Put("c", ("k",), b"1"), NEVER])
+        with pytest.raises(TimeoutError):
+            job.close(0)
+        gate.may_go.set()
+        with Persistency(root) as again:
+            assert again.open_job("slow").count("c").result(WAIT) == 0  # opened when the other is closed
+        with pytest.raises(WriteFailed) as caught:
+            job.close()
+        assert [failure.op for failure in caught.value.failures] == [Put("c", ("k",), b"1"), NEVER]
+        job.close()
+
+
 def test_an_exception_in_the_with_body_is_not_masked(root: Path) -> None:
     """S3-23: the body's exception comes out of `with`, what closing raised is noted on it, and all is closed."""
     with pytest.raises(ZeroDivisionError) as caught, Persistency(root) as persistency:  # noqa: PT012

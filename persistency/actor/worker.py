@@ -11,7 +11,6 @@ Doesn't know: SQL, keys, files, which engine the store is, how many workers ther
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections.abc import Callable
@@ -25,15 +24,13 @@ from persistency.actor.clock import Clock
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
-from persistency.actor.settling import Answer, Debts, pending, ready, settle_all
+from persistency.actor.settling import Answer, Debts, pending, ready, settle_all, tell_if_unseen
 from persistency.actor.slot import Slot
 from persistency.actor.tally import Statistics, Tally
 from persistency.actor.turns import Harm, Turns
 from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, PersistencyError
 from persistency.storage.port import PLACES, Barrier, Failed, Group, Store, writes
-
-log: logging.Logger = logging.getLogger("persistency")
 
 # So long a late poster waits for another one's turn: a thread frozen in the middle of it never gives it back.
 LATE_TURN_SECONDS_MAX = 5.0
@@ -384,6 +381,8 @@ class Worker:
         self._over = self._ended = True
 
     def _last_answers(self, error: BaseException | None) -> list[Answer]:
+        if error is not None:
+            tell_if_unseen(self.closed, error, lambda _error: None)  # so that a later `close` knows whether anybody has
         closed: Answer = (self.closed, None, error)
         return [closed] if self._retired is None else [closed, (self._retired, None, None)]
 

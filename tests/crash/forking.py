@@ -87,14 +87,14 @@ def handled(root: Path, persistency: Persistency, job: Job) -> Any:
 def idle(root: Path) -> list[str]:
     """Fork with a job that has nothing to do, and with requests that wait for changes."""
     from persistency import Persistency
-    from tests.crash.inherited import READS
+    from tests.crash.inherited import READS, backup_verb
 
     no_upkeep()
     persistency = Persistency.instance(root)
     job = persistency.open_job("alpha", feed_changes_max=100, sync_interval=None)
     post(job, 0, 100)
     handles = handled(root, persistency, job)
-    handles.add("reader", persistency.open_reader("alpha"), READS)
+    handles.add("reader", persistency.open_reader("alpha"), READS | backup_verb(root.parent / "copy.db"))
     handles.add("class", Persistency, {
         "instance": lambda kind: kind.instance(),
         "instance of the root": lambda kind: kind.instance(root),

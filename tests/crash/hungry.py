@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, NamedTuple, Self
@@ -441,7 +440,7 @@ def _fit_always(self: Bounds, level: Level, ops: int, nbytes: int, requests: int
 
 def _fit_any_bytes(self: Bounds, level: Level, ops: int, nbytes: int, requests: int, factor: int) -> bool:
     """Bound the operations, and not their bytes."""
-    return _fit(replace(self, bytes_max=NO_BOUND), level, ops, nbytes, requests, factor)
+    return _fit(self._replace(bytes_max=NO_BOUND), level, ops, nbytes, requests, factor)
 
 
 def _keep_reports(self: FailureLog, failed: Sequence[Failure]) -> None:

@@ -63,6 +63,7 @@ READS: dict[str, Verb] = {
     "aclose": _awaited(lambda h: h.aclose()),
     "categories": lambda h: h.categories(),
     "changes": lambda h: h.changes(0, 10),
+    "check": lambda h: h.check(),
     "close": lambda h: h.close(),
     "count": lambda h: h.count("rows"),
     "entry": lambda h: h.entry("rows", (0,)),
@@ -83,7 +84,6 @@ READS: dict[str, Verb] = {
 JOB: dict[str, Verb] = {
     **READS,
     "changes, waiting": lambda job: job.changes(10**9, 1, wait=True),
-    "check": lambda job: job.check(),
     "commit": lambda job: job.commit([Check("rows", (9,), None), Put("rows", (9,), b"child")]),
     "commit, awaited": _awaited(lambda job: job.commit(Put("rows", (9,), b"child"))),
     "commit nothing": lambda job: job.commit([]),
