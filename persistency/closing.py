@@ -9,7 +9,9 @@ Doesn't know: what is closed.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import Any, NoReturn, Self
+
+from persistency.errors import Misuse
 
 
 class Closing:
@@ -24,6 +26,10 @@ class Closing:
     async def aclose(self) -> None:
         """Close it without blocking the event loop. To be overridden."""
         raise NotImplementedError
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        hint = "Send the root and the job's id; open the job there, or read it there with open_reader(job_id)."
+        raise Misuse(f"{self!r} can't be copied, pickled or sent to another process", hint=hint)
 
     def __enter__(self) -> Self:
         return self

@@ -170,7 +170,8 @@ class Job(Reads):
         everything it wrote is undone and the reply raises that. It holds up the whole job while it runs, and is called
         again if its transaction has to be: let it be short, and have no effects but through `tx`. Requests to the job
         itself raise `Misuse` inside of it; its events are posted, and no part of the transaction. Generators and
-        coroutine functions are refused.
+        coroutine functions are refused; keyword arguments go into a `functools.partial`. A plain thread that finds the
+        job idle runs `fn` itself, before this returns: a timeout for the reply begins after that.
         """
         message = program(fn, args, self._now_ms, self._mailbox)
         return self._mailbox.write(message, 1, messages.argument_bytes(args))

@@ -174,7 +174,8 @@ class Slots:
 
     def busy(self) -> str:
         """Say why there is no slot."""
-        return f"all {self.live_max} jobs that may be live had work for {self._open_timeout} s"
+        busy = f"all {self.live_max} jobs that may be live had work for {self._open_timeout} s"
+        return f"{busy}: raise max_live_jobs or open_timeout, or close jobs"
 
     def _ask(self, asking: Place | None = None) -> None:
         """Ask as many to rest as are missing, those first that were used the longest ago; one is `asking` itself."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import logging
+import pickle
 import threading
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
@@ -26,6 +28,7 @@ from typing import Any, TypeVar
 import pytest
 
 from persistency import (
+    Category,
     Check,
     Closed,
     Conflict,
@@ -1926,3 +1929,15 @@ def test_a_failure_keeps_the_payload_as_it_was_posted(persistency: Persistency) 
     with pytest.raises(WriteFailed) as caught:
         job.flush().result(WAIT)
     assert caught.value.failures[0].op == Put("c", ("k",), b"posted")
+
+
+def test_handles_stay_in_their_process(tmp_path: Path) -> None:
+    """A handle that is to be pickled or copied says what to send in its place."""
+    with Persistency(tmp_path) as persistency:
+        job = persistency.open_job("a")
+        job.flush().result()
+        with persistency.open_reader("a") as reader:
+            acts = [(act, handle) for act in (pickle.dumps, copy.copy) for handle in (persistency, job, reader)]
+            for act, handle in (*acts, (pickle.dumps, Category(job, "c"))):
+                with pytest.raises(Misuse, match="can't be copied, pickled or sent to another process"):
+                    act(handle)

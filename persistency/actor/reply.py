@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
 from time import monotonic
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from persistency.errors import Misuse
 from persistency.logfields import about
@@ -35,6 +35,9 @@ U = TypeVar("U")
 # The names `concurrent.futures` knows.
 PENDING, FINISHED, CANCELLED = "PENDING", "FINISHED", "CANCELLED_AND_NOTIFIED"
 _DONE = (FINISHED, CANCELLED)
+# What answers are made of: nobody has a reason to compare a reply with these.
+_ANSWERS = frozenset((bytes, str, int, float, bool, list, dict, tuple, type(None)))
+_FORGOTTEN = "A request gives a Reply at once, and the answer later."
 _LOOP_TURN_S = 0.001
 
 # Guards every change of a reply's state, and the making of its waiting apparatus. One for all: it is held for
@@ -92,8 +95,8 @@ class Reply(Future[T]):
     """The answer to a request: `result(timeout=None)`, or `await` it in any loop of any thread.
 
     Made by the engine. `cancel()` takes a read that hasn't started out of the mailbox and returns whether it did;
-    it never touches a request that writes. Callbacks run in the thread that settles the reply. Asking for its
-    truth is `Misuse`: where `result()` is forgotten, every answer would be true.
+    it never touches a request that writes. Callbacks run in the thread that settles the reply. To use it as if it were
+    the answer (its truth, its length, comparing it, walking over it) is `Misuse`.
     """
 
     # Class attributes stand in for `Future.__init__`: a reply that is ready at once sets two of them.
@@ -298,9 +301,20 @@ class Reply(Future[T]):
             # Whatever a callback throws, SystemExit included, the thread that settles must go on.
             log.exception("a callback of %r raised", self, extra=about("callback_raised", None, error))
 
-    def __bool__(self) -> bool:
-        """Raise `Misuse`: a forgotten `result()` would make every answer true."""
-        raise Misuse("a Reply is not its answer", hint="Ask for reply.result(), or await it.")
+    # Where `result()` is forgotten every answer would be true, and equal to none. Type checkers see that by themselves.
+    if not TYPE_CHECKING:
+
+        def _is_no_answer(self, *_):
+            raise Misuse("a Reply is not its answer: ask for reply.result(), or await it", hint=_FORGOTTEN)
+
+        __bool__ = __len__ = __iter__ = __aiter__ = __getitem__ = __contains__ = _is_no_answer
+
+        def __eq__(self, other):
+            if type(other) in _ANSWERS:
+                self._is_no_answer()
+            return NotImplemented
+
+        __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         outcome = f" raised {type(self._exception).__name__}" if self._exception is not None else ""

@@ -70,18 +70,19 @@ _WRONG_CHANGE = (
 _CHANGES = f"FROM changes WHERE version >= ?3 ORDER BY version LIMIT {SLICE_ROWS}"
 
 
-def check(path: Path, *, vfs: str | None = None) -> Steps:
+def check(path: Path, *, vfs: str | None = None, lies_still: Callable[[], None] | None = None) -> Steps:
     """Look for what is wrong with a job's file, as it is at the first step; return the problems found.
 
     An empty list is returned for a sound one; of many problems the first 100 are given, and how many more there are.
-    Yields how many rows and changes it has looked at.
+    Yields how many rows and changes it has looked at. With `lies_still` the file is read as it lies there, and that is
+    called at last, to raise if it was touched meanwhile.
 
     Raises `Corrupt` for what can't be taken for a job's file, `SchemaTooNew`, and `Unavailable` or another
     `StorageError` for what the system refuses.
     """
     was = identity(path)
     try:
-        connection = looking.begin(path, vfs)
+        connection = looking.begin(path, vfs, immutable=lies_still is not None)
         try:
             found = schema.recognise(connection, path)
             problems = _Problems()
@@ -91,6 +92,8 @@ def check(path: Path, *, vfs: str | None = None) -> Steps:
                 if identity(path) != was:
                     raise Unavailable(f"{str(path)!r} was removed or replaced while it was checked") from error
                 problems.add(f"it can't be read to its end: {error}")
+            if lies_still is not None:
+                lies_still()
             return problems.texts()
         finally:
             schema.close(connection)

@@ -50,18 +50,21 @@ _INCREMENTAL = 2  # what `PRAGMA auto_vacuum` answers
 # -- backup ------------------------------------------------------------------------------------------------------
 
 
-def back_up(source: Path, target: Path, *, vfs: str | None = None) -> Steps:
+def back_up(
+    source: Path, target: Path, *, vfs: str | None = None, lies_still: Callable[[], None] | None = None
+) -> Steps:
     """Copy a job's file, as it is at the first step, to `target`; yield the bytes done, and of how many.
 
     The copy is put in the place of what is at `target` at the very end, once it is checked and on the medium; whatever
-    goes wrong before, or closing the generator, leaves nothing behind.
+    goes wrong before, or closing the generator, leaves nothing behind. With `lies_still` the file is read as it lies
+    there, and that is called at last, to raise if it was touched meanwhile.
 
     Raises what `check_target` does, `Corrupt` if the file isn't sound, and `DiskFull`, `Unavailable` or another
     `StorageError` for what the system refuses.
     """
     target, was = check_target(source, target), files.identity(source)
     with _translating(f"can't back up to {str(target)!r}"), _beside(target) as copy:
-        with _reading(source, vfs) as connection:
+        with _reading(source, vfs, immutable=lies_still is not None) as connection:
             schema.recognise(connection, source)
             try:
                 yield from _copied(connection, copy, vfs)
@@ -70,6 +73,8 @@ def back_up(source: Path, target: Path, *, vfs: str | None = None) -> Steps:
                     raise
                 raise Unavailable(f"{str(source)!r} was removed or replaced while it was backed up") from error
         _seal(copy, {"clean": 1}, vfs)
+        if lies_still is not None:
+            lies_still()
         with undisturbed(target):
             _refuse_in_use(target)
             _publish(copy, target)

@@ -55,10 +55,10 @@ def real_root(root: str | os.PathLike[str]) -> Path:
 
 def make_root(path: Path) -> None:
     """Create the root directory with mode 0700, and what is missing above it; leave an existing one alone."""
-    if path.is_dir():
-        return
-    missing = [place for place in (path, *path.parents) if not place.is_dir()]
     try:
+        if path.is_dir():
+            return
+        missing = [place for place in (path, *path.parents) if not place.is_dir()]
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)

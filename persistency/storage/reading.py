@@ -38,9 +38,9 @@ TRIES = 3  # to read a file that lay still, and then didn't
 _NEVER_MS = 2**62
 _TICK_NS = 100_000_000  # two changes within one tick of the file system's clock look like one
 # What reads the whole file in steps, by a connection and in a transaction of its own.
-_BESIDE: dict[type, Callable[[Path, Any, str | None], Any]] = {
-    BackUp: lambda path, message, vfs: copying.back_up(path, message.target, vfs=vfs),
-    CheckUp: lambda path, _message, vfs: checking.check(path, vfs=vfs),
+_BESIDE: dict[type, Callable[[Path, Any, str | None, Callable[[], None] | None], Any]] = {
+    BackUp: lambda path, message, vfs, still: copying.back_up(path, message.target, vfs=vfs, lies_still=still),
+    CheckUp: lambda path, _message, vfs, still: checking.check(path, vfs=vfs, lies_still=still),
 }
 _NOTHING_BESIDE = (apsw.SQLITE_CANTOPEN, apsw.SQLITE_READONLY)  # SQLite can't have what it wants beside the file
 
@@ -104,7 +104,7 @@ class SqliteReader:
         """Answer one read."""
         if (beside := _BESIDE.get(type(message))) is not None:
             self._look_closely(now_ms)
-            return beside(self._place.path, message, self._vfs)
+            return beside(self._place.path, message, self._vfs, self._check_untouched if self._still else None)
         return self._ask(lambda snapshots: snapshots.answer(message), now_ms)
 
     def reap(self, now_ms: int, limit: int) -> int:  # noqa: ARG002  # the port has them
@@ -152,6 +152,11 @@ class SqliteReader:
                 raise fault
             return answer  # pyright: ignore[reportPossiblyUnboundVariable, reportReturnType]  # without a fault there is one
         raise Unavailable(f"{str(self._place.path)!r} is being written to, and its write-ahead log can't be read")
+
+    def _check_untouched(self) -> None:
+        """Raise `Unavailable` if a file that lay still was touched since it was looked into last."""
+        if self._place.look() != self._opened:
+            raise Unavailable(f"{str(self._place.path)!r} was written to while it was read", hint="Try again.")
 
     def _alone(self, message: Any, now_ms: int) -> Any:
         try:

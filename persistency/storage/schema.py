@@ -69,13 +69,14 @@ CHANGES = """
 CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category BLOB NOT NULL, key BLOB NOT NULL,
                       payload BLOB, stop BLOB);
 """
-# Of what anybody may have put there, no more than can be read without harm.
+# An id of ours is a text, and short; any other isn't read.
+_ID = "CASE WHEN typeof(value) = 'text' AND octet_length(value) <= 1024 THEN value ELSE 0 END"
+_JOB_ID = f"SELECT {_ID} FROM meta WHERE name = 'job_id'"
 _META = (
-    "SELECT name, value FROM meta WHERE (typeof(value) = 'integer' OR name = 'job_id') AND octet_length(name) <= 64"
-    " LIMIT 1000"
+    f"SELECT name, CASE name WHEN 'job_id' THEN {_ID} ELSE value END FROM meta WHERE name IN"
+    " ('job_id', 'last_version', 'clean', 'latest_ms', 'used_bytes', 'used_ms', 'changes_dropped', 'expires_ms')"
+    " AND (typeof(value) = 'integer' OR name = 'job_id')"
 )
-_JOB_ID = "SELECT value FROM meta WHERE name = 'job_id'"
-_NUMBERS = frozenset(["last_version", "clean", "latest_ms", "used_bytes", "used_ms", "changes_dropped", "expires_ms"])
 ENDS = "expires_ms"  # the job's own end
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
@@ -95,7 +96,6 @@ _COLUMNS_CHANGES = [
     ("stop", "BLOB", 0, 0),
 ]
 _OBJECTS = {1: {("table", "kv")}, 2: {("table", "kv"), ("index", "kv_expires"), ("table", "meta")}}
-_OF_ANALYZE = {("table", "sqlite_stat1"), ("table", "sqlite_stat4")}  # what that leaves
 _COLUMNS = {1: {"kv": _COLUMNS_1}, 2: {"kv": _COLUMNS_2, "meta": _COLUMNS_META}}
 _OPTIONAL = {"changes": _COLUMNS_CHANGES}  # in the current format
 # What a definition may consist of: nothing that computes, compares in another way, or forbids (CHECK, COLLATE, UNIQUE).
@@ -286,11 +286,11 @@ def recognise(connection: apsw.Connection, path: Path) -> int:
         raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
     if connection.pragma("encoding") != "UTF-8":
         raise Corrupt(f"{str(path)!r} isn't a job's file: its text is {connection.pragma('encoding')}")
-    definitions = [
-        each
-        for each in connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
-        if each[:2] not in _OF_ANALYZE
-    ]
+    definitions: list[tuple[Any, ...]] = connection.execute(
+        # The exceptions are what ANALYZE leaves.
+        "SELECT type, name, sql FROM sqlite_schema"
+        " WHERE type <> 'table' OR name NOT IN ('sqlite_stat1', 'sqlite_stat4')"
+    ).fetchall()
     optional = {("table", name) for name in _OPTIONAL if found == FORMAT}
     objects = {(kind, name) for kind, name, _ in definitions} - optional
     if found == 0 and not definitions and size(path) != 1:  # SQLite takes a file of one byte for an empty one
@@ -378,8 +378,9 @@ def read_meta(connection: apsw.Connection) -> tuple[dict[str, int], object]:
         stored = dict(connection.execute(_META))
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, "can't read the last version") from error
+    job_id = stored.pop("job_id", None)
     # What can't be is as good as missing: it is counted anew.
-    numbers = {name: stored[name] for name in _NUMBERS & stored.keys() if 0 <= stored[name] <= _NUMBER_MAX}
+    numbers = {name: value for name, value in stored.items() if 0 <= value <= _NUMBER_MAX}
     if "last_version" not in numbers:
         raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
-    return numbers, stored.get("job_id")
+    return numbers, job_id

@@ -75,7 +75,7 @@ class Snapshots:
             self._notice(now_ms)
             return ask(self)
         except _FAULTS as error:
-            raise _translated(error, "a read failed") from error
+            raise _translated(error, f"can't read {str(self._path)!r}") from error
         finally:
             self._end()
 

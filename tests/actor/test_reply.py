@@ -8,6 +8,7 @@ import gc
 import random
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -466,3 +467,26 @@ def test_a_reply_mapped_while_its_source_is_settled_is_settled_too() -> None:
     assert concurrent.futures.wait([mapped], WAIT).not_done == set()
     assert seen == [mapped]
     assert mapped.result() == 5
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        bool, len, list, lambda reply: reply[0], lambda reply: b"x" in reply, lambda reply: reply == b"x",
+        lambda reply: reply != "x", lambda reply: reply == None, lambda reply: reply == [], aiter,  # noqa: E711
+    ],
+)  # fmt: skip
+def test_a_reply_is_not_its_answer(use: Callable[[Any], object]) -> None:
+    """Whoever forgets `result()`, or `await`, is told so, and gets no wrong answer."""
+    with pytest.raises(Misuse, match=r"ask for reply\.result\(\), or await it"):
+        use(ready(b"x"))
+
+
+def test_replies_are_told_apart() -> None:
+    """A reply equals itself alone, and may be in sets and dicts, whatever else is in there."""
+    one, other = ready(1), ready(1)
+    assert one == one
+    assert one != other
+    assert {one: 1, other: 2}[other] == 2
+    assert one in [other, one]
+    assert one != object()

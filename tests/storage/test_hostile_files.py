@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import closing
 from pathlib import Path
 
+import apsw
 import pytest
 
+from persistency.errors import Corrupt
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import ScanRange, StoreOptions
+from persistency.storage.reading import SqliteReader
 from persistency.testing import batch, group, put
 from tests.storage.conftest import run_child
 
@@ -204,3 +208,64 @@ def test_the_attack_would_tell_a_crash(killed: Path, place: Path) -> None:
     assert run_child(crash, killed, place, "alpha.db-wal", "cut", 0, 1).returncode == -signal.SIGSEGV
     error = ATTACK.replace('        said += "f"', '        1 / 0\n        said += "f"')
     assert run_child(error, killed, place, "alpha.db-wal", "cut", 1, 1).returncode == 1
+
+
+# -- the notes of a file -----------------------------------------------------------------------------------------
+
+
+def tampered(root: DirectoryRoot, *statements: str, rows: int = 1) -> Path:
+    """Make a job with some rows, or none, and have a stranger run statements on its file; return its path."""
+    store = root.open("alpha", StoreOptions())
+    if rows:
+        store.apply(group(*(put(b"c", b"%d" % at, b"1") for at in range(rows))), 1_000)
+    store.close()
+    with closing(apsw.Connection(str(root.path("alpha")))) as stranger:
+        for statement in statements:
+            stranger.execute(statement)
+    return root.path("alpha")
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize(
+    "job_id",
+    [
+        "NULL", "7", "x'616c706861'", "'alpha' || char(0) || 'x'", "'beta'", "zeroblob(20000000)",
+        "printf('%.20000000c', 'a')", "CAST(x'ff' AS TEXT)", "''",
+    ],
+)  # fmt: skip
+def test_a_file_with_another_job_id_is_refused(root: DirectoryRoot, job_id: str, rows: int) -> None:
+    """Whatever stands where the id belongs: the file is neither opened, nor read, nor dropped, nor shown at length."""
+    path = tampered(root, f"UPDATE meta SET value = {job_id} WHERE name = 'job_id'", rows=rows)
+    before = path.read_bytes()
+    for act in (
+        lambda: root.open("alpha", StoreOptions()).close(),
+        lambda: SqliteReader(path, "alpha").close(),
+        lambda: root.drop("alpha"),
+    ):
+        with pytest.raises(Corrupt) as caught:
+            act()
+        assert len(str(caught.value)) < 1_000
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        (
+            "INSERT INTO meta WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)"
+            " SELECT printf('%s%05d', substr('ak', 1 + i % 2, 1), i), i FROM n"
+        ),
+        "INSERT INTO meta VALUES (CAST(x'ff41' AS TEXT), 1), (x'ff', 2), (printf('%.1000000c', 'a'), 3)",
+        "INSERT INTO meta VALUES ('note', CAST(x'ff41' AS TEXT)), ('other', zeroblob(1000000))",
+    ],
+)
+def test_notes_of_others_are_left_alone(root: DirectoryRoot, statement: str) -> None:
+    """What somebody else has noted in a file, however much and however odd, doesn't keep its job from being opened."""
+    path = tampered(root, statement, rows=3)
+    store = root.open("alpha", StoreOptions())
+    assert store.last_version == 3
+    assert store.get(b"c", b"1", 2_000) == b"1"
+    store.close()
+    reader = SqliteReader(path, "alpha")
+    assert reader.last_version == 3
+    reader.close()

@@ -990,6 +990,34 @@ def test_a_reader_of_another_user_makes_nothing_that_is_its_own(shared: Director
 
 
 @needs_root
+@pytest.mark.parametrize("mode", [0o777, 0o755])
+def test_a_backup_and_a_check_by_another_user_make_nothing_beside_the_file(
+    shared: DirectoryRoot, nobody: Child, mode: int
+) -> None:
+    """What lies still is copied and checked as it lies there; what somebody writes to meanwhile isn't."""
+    shared.directory.chmod(mode)
+    path, target = str(shared.path("alpha")), str(shared.directory.parent / "copies" / "copy")
+    os.makedirs(os.path.dirname(target))
+    os.chmod(os.path.dirname(target), 0o777)
+    nobody.ask(f"reader = SqliteReader(Path({path!r}), 'alpha')")
+    assert nobody.ask("[*reader.read(CheckUp(), 1)] is not None")
+    assert nobody.ask(f"[*reader.read(BackUp(Path({target!r})), 1)] != []")
+    assert set(os.listdir(shared.directory)) == {"alpha.db", "alpha.lock"}
+    with closing(schema.open_file(Path(target))) as copy:
+        assert schema.recognise(copy, Path(target)) == schema.FORMAT
+    os.unlink(target)
+    nobody.ask(f"steps = reader.read(BackUp(Path({target!r})), 1); next(steps)")
+    nobody.ask("looking = reader.read(CheckUp(), 1)")
+    store = shared.open("alpha", StoreOptions())
+    store.apply(group(put(b"c", b"k", b"2")), NOW_MS)
+    for steps in ("steps", "looking"):
+        kind, says = nobody.error(f"[*{steps}]")
+        assert (kind, "was written to while it was read" in says) == ("Unavailable", True)
+    store.close()
+    assert not os.path.lexists(target)
+
+
+@needs_root
 def test_a_file_that_mustnt_be_read(shared: DirectoryRoot, nobody: Child) -> None:
     """A file that this process has no right to read is `Unavailable`."""
     shared.path("alpha").chmod(0o600)
