@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
 import shlex
@@ -92,16 +90,23 @@ def test_sql_blocks_hold_for_a_job_s_file(block: str, tmp_path: Path) -> None:
                 assert file.execute(statement).fetchall() != []
 
 
+# What makes the file that the shell blocks read: a line of a page, so that nobody is told to use what isn't there.
+MAKES_PACKAGES = re.findall(r"^printf .* > packages\.jsonl\.gz$", README.read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize("block", blocks("sh"))
 def test_shell_blocks_run(block: str, tmp_path: Path) -> None:
-    """A `persistency` command runs as shown; the two that set everything up are run by CI, as they stand."""
-    with gzip.open(tmp_path / "packages.jsonl.gz", "wt") as file:
-        for name in ("0ad", "chess", "tetris"):
-            file.write(json.dumps({"section": "games", "package": name, "size": len(name)}) + "\n")
-    for line in block.splitlines():
+    """A `persistency` command runs as shown, on the file a page makes; the two that set everything up are run by CI."""
+    (makes_packages,) = MAKES_PACKAGES
+    lines = block.splitlines()
+    if makes_packages not in lines:
+        lines.insert(0, makes_packages)  # a reader has done so further up
+    for line in lines:
         words = shlex.split(line)
-        if words[0] == "persistency":
-            finished = run([sys.executable, "-m", *words], tmp_path)
+        if words[0] in {"persistency", "printf"}:
+            ours = words[0] == "persistency"
+            command = [sys.executable, "-m", *words] if ours else ["bash", "-euo", "pipefail", "-c", line]
+            finished = run(command, tmp_path)
             assert finished.returncode == 0, finished.stderr
             assert "Traceback" not in finished.stderr
         else:
@@ -109,6 +114,15 @@ def test_shell_blocks_run(block: str, tmp_path: Path) -> None:
                 "python3 -m venv v && v/bin/pip install '.[cli]' && v/bin/persistency demo",
                 "python3 -m venv v && v/bin/pip install '.[test]' && v/bin/python -m pytest",
             }
+
+
+@pytest.mark.parametrize("page", [README, README.parent / "docs" / "cli.md"], ids=lambda page: page.stem)
+def test_the_file_of_the_shell_blocks_is_made_before_it_is_used(page: Path) -> None:
+    """Each page that reads `packages.jsonl.gz` says first how to have it, in the words that are run here."""
+    lines = [line for name, text in FENCED.findall(page.read_text()) if name == "sh" for line in text.splitlines()]
+    users = [line for line in lines if "packages.jsonl.gz" in line]
+    assert len(users) > 1
+    assert users[:1] == MAKES_PACKAGES
 
 
 def test_links_lead_somewhere() -> None:

@@ -4,7 +4,7 @@ A page's block is told by its language and first line:
 
 | block | what is done with it |
 |---|---|
-| `python`, first line `# chat.py` | added to that file, by the page's rule: see `Definitions.add` |
+| `python`, first line `# chat.py` | added to that file, by the page's rule, `RULE`; then the file is imported |
 | `python`, another file's name | written to that file |
 | `sh`, a server | started, once the one before was ended by Ctrl-C; ready when it answers |
 | `sh`, `curl -N` | run on beside the others, until a server is started |
@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import signal
 import socket
@@ -38,12 +39,14 @@ TOP = Path(__file__).parent.parent
 PAGE = TOP / "docs" / "tutorial.md"
 EXAMPLE = TOP / "examples" / "chat.py"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+RULE = """imports go to the top and new constants (`NAME = ...`) right below them; a function or constant that is there
+already is replaced where it stands; all else is added at the end"""
 PORT = "8000"  # in the page; here it is a free one
 WAIT = 60.0
 
 
 class Definitions:
-    """A module's statements at its top, by what they define: what a reader does who follows the page's one rule."""
+    """A module's statements, by what they define, in the order in which they stand: what `RULE` makes of blocks."""
 
     def __init__(self) -> None:
         self.imports: dict[str, None] = {}
@@ -51,7 +54,7 @@ class Definitions:
         self.begun = False
 
     def add(self, source: str) -> None:
-        """Take in a block: imports and new constants go to the top, what is there is replaced, all else is added."""
+        """Take in a block by `RULE`; the first one makes the file, and is taken as it stands."""
         constants: dict[str, str] = {}
         for node in ast.parse(source).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -130,6 +133,7 @@ class Reader:
         elif name == "chat.py":
             self.chat.add(block)
             (self.cwd / name).write_text(self.chat.text())
+            runpy.run_path(str(self.cwd / name), run_name="chat")  # no step may need what a later one brings
         else:
             assert re.fullmatch(r"\w+\.py", name), "a block begins with the name of its file"
             (self.cwd / name).write_text(block)
@@ -268,6 +272,28 @@ def test_each_output_belongs_to_a_command() -> None:
     assert BLOCKS[0][0] == "sh"
     for (before, _), (language, block) in pairwise(BLOCKS):
         assert language != "text" or (before == "sh" and block.strip())
+
+
+def test_blocks_are_put_together_by_the_rule_of_the_page(reader: Reader) -> None:
+    """The page states the rule that is followed here, and each step's file is imported."""
+    assert " ".join(RULE.split()) in " ".join(PAGE.read_text().split())
+    reader.write("# chat.py\nimport os\n\nLIMIT = 1\n\ndef f() -> int:\n    return LIMIT\n\nMADE = f()\n")
+    reader.write(
+        "# chat.py\nimport re\n\nLIMIT = 2\nLATER = 3\nNumber = int\n\n"
+        "def g() -> int:\n    return 4\n\ndef f(n: Number = LATER) -> int:\n    return n\n"
+    )
+    assert (reader.cwd / "chat.py").read_text().split("\n\n") == [
+        "import os",
+        "import re",
+        "LATER = 3",
+        "Number = int",
+        "LIMIT = 2",
+        "def f(n: Number=LATER) -> int:\n    return n",
+        "MADE = f()",
+        "def g() -> int:\n    return 4\n",
+    ]
+    with pytest.raises(NameError, match="'Missing'"):
+        reader.write("# chat.py\ndef f(n: Missing) -> int:\n    return n\n")
 
 
 def test_a_step_that_says_something_else_is_noticed(reader: Reader) -> None:
