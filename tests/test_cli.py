@@ -280,7 +280,8 @@ def test_output_that_cannot_be_written_is_an_error(root: Path) -> None:
             timeout=60,
         )
     assert ended.returncode == 1
-    assert b"No space left on device" in ended.stderr
+    assert b"stdout: No space left on device" in ended.stderr
+    assert b"Free some space" in ended.stderr
     assert b"Traceback" not in ended.stderr
 
 
@@ -413,6 +414,10 @@ def test_what_only_looks_reads_a_job_of_another_process(root: Path, tmp_path: Pa
         ["import", "root", "job", "file.cbor", "--key", "a"],
         ["import", "root", "job", "file.cbor", "--atomic"],
         ["export", "root", "job", "file.jsonl", "--key", "a"],
+        ["export", "root", "job", "file.xyz"],
+        ["export", "root", "job", "file"],
+        ["export", "root", "job", "file.gz"],
+        ["backup", "root", "job", "-"],
         ["backup", "root", "job"],
         ["purge", "root"],
         ["purge", "root", "1GB", "--expired"],
@@ -442,9 +447,9 @@ def test_a_wrong_argument_ends_a_process_with_2(tmp_path: Path) -> None:
 def test_what_the_package_refuses_is_told_without_a_traceback(tmp_path: Path) -> None:
     """An error of the package is its message and its hint."""
     file = write_jsonl(tmp_path / "one.jsonl", [{"id": 1}])
-    ended = run("import", tmp_path / "root", "j" * 300, file, "--key", "id", code=1)
-    assert ended.stderr.startswith("persistency: ")
-    assert "Fix the call" in ended.stderr
+    ended = run("import", tmp_path / "root", "j" * 300, file, "--key", "id", code=2)
+    assert ended.stderr.startswith("persistency: job_id is too long")
+    assert "Fix the call" not in ended.stderr
     assert "category must have" in run("import", tmp_path, "j", file, "--key", "id", "-c", "x" * 300, code=1).stderr
 
 
@@ -471,6 +476,38 @@ def test_a_missing_extra_is_named_in_one_line(missing: str) -> None:
     )
     assert ended.returncode == 1
     assert ended.stderr == ("persistency: the command line needs the extra 'cli': pip install 'persistency[cli]'\n")
+
+
+def test_the_version_is_told() -> None:
+    """`--version` is the package's."""
+    assert run("--version").stdout == f"persistency {persistency.__version__}\n"
+
+
+@pytest.mark.parametrize("typed", [["ls"], ["get", "job", "k"], ["check"], ["put", "job", "k", "1"]], ids=" ".join)
+def test_a_root_that_is_a_file_is_typed_wrong(
+    typed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the place of the root is called so."""
+    monkeypatch.chdir(tmp_path)
+    Path("afile").touch()
+    with pytest.raises(SystemExit) as ended:
+        app([typed[0], "afile", *typed[1:]], prog_name="persistency")
+    assert ended.value.code == 2
+    assert "afile is a file, not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_stream_that_is_closed_leads_nowhere(closed: int, root: Path) -> None:
+    """Without stdin, stdout or stderr a command does its work, and no file of a job gets the number of one."""
+    command = [*COMMAND, "put", root, "packages", "new", "--raw", "x"]
+    ended = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {closed}>&-', "sh", *map(str, command)],
+        check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=60,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.stdout == "") is (closed == 1)
+    with Persistency(root) as p, p.open_job("packages") as job:
+        assert job.get("records", ("new",)).result() == b"x"
 
 
 # -- a terminal --------------------------------------------------------------------------------------------------
@@ -597,6 +634,7 @@ def test_values_that_json_has_no_word_for() -> None:
         {"map": [[1, "x"]]},
         {"a": [None, True, 1, 1.5, "é"]},
     ]
+    assert payload_to_json(encode({3, 1, 20})) == {"set": [1, 20, 3]}  # in one order, whatever theirs is
     assert payload_to_json(b"\xff") == {"base64": "/w=="}
     assert payload_to_json(encode(b"\0")) == {"base64": "QQA="}  # the payload: else it would be taken for other bytes
     assert payload_to_json(b"") == {"base64": ""}

@@ -7,13 +7,14 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from persistency import ChangeFeed, Persistency, RawKey, key
+from persistency import ChangeFeed, Persistency, RawKey, StorageError, key
 from persistency.cli.app import app
 from persistency.cli.arguments import as_ttl
 from persistency.cli.owners import Owners
@@ -52,15 +53,25 @@ def answered(answer: str | None, *words: str | Path) -> tuple[int, str]:
         shown = io.BytesIO()
         # Linux says so with an error when the last one that had the terminal open has gone.
         with contextlib.suppress(OSError):
-            while data := os.read(master, 65_536):
+            while data := _read_of(master, asking, shown, answer):
                 shown.write(data)
-                if b"[y/N]" in data and answer is None:
-                    asking.send_signal(signal.SIGINT)  # it isn't the terminal's own session, so that does it
-                elif b"[y/N]" in data:
-                    os.write(master, str(answer).encode())
+                if b"[y/N]" in shown.getvalue() and answer is not None:
+                    os.write(master, answer.encode())
+                    answer = ""
         os.close(master)
     assert b"Traceback" not in shown.getvalue()
     return asking.returncode, shown.getvalue().decode()
+
+
+def _read_of(master: int, asking: subprocess.Popen[bytes], shown: io.BytesIO, answer: str | None) -> bytes:
+    """Return what is shown next; who is asked and has no answer types Ctrl-C until something happens.
+
+    Once may not be enough: Python can miss a signal that comes just before it begins to wait for a line.
+    """
+    while not select.select([master], [], [], 0.5)[0]:
+        if answer is None and b"[y/N]" in shown.getvalue():
+            asking.send_signal(signal.SIGINT)  # it isn't the terminal's own session, so that does it
+    return os.read(master, 65_536)
 
 
 # -- put, rm -----------------------------------------------------------------------------------------------------
@@ -69,9 +80,13 @@ def answered(answer: str | None, *words: str | Path) -> tuple[int, str]:
 def test_put_stores_json_as_cbor(tmp_path: Path) -> None:
     """A value is stored as CBOR in a job that is made for it, and `get` shows what was typed."""
     ended = run("put", tmp_path / "new", "users", "users/ada/7", '{"name": "Ada", "n": [1, 2.5, null]}')
-    assert "users/ada/7 is stored in 'records' of job 'users', as version 1" in ended.stdout
+    assert (
+        ended.stdout
+        == f"users/ada/7 is stored in 'records' of the new job 'users' in {tmp_path / 'new'}, as version 1\n"
+    )
+    assert "of job 'users', as version 2" in run("put", tmp_path / "new", "users", "users/ada/8", "1").stdout
     [shown] = lines(run("put", tmp_path / "new", "users", "when", '{"date": "2024-05-06"}', "-c", "days", "--json"))
-    assert shown == {"job": "users", "category": "days", "key": ["when"], "version": 2}
+    assert shown == {"job": "users", "category": "days", "key": ["when"], "version": 3}
     with Persistency(tmp_path / "new") as p, p.open_job("users") as job:
         stored = job.get("records", ("users", "ada", 7)).result()
         assert decode(stored or b"") == {"name": "Ada", "n": [1, 2.5, None]}
@@ -278,6 +293,77 @@ def test_check_looks_into_a_job_that_is_open_elsewhere(root: Path) -> None:
         ended = run("check", root, code=1)
     assert "users\tsound\n" in ended.stdout
     assert "1 problem found" in ended.stderr
+
+
+def test_check_goes_on_behind_a_job_that_cannot_be_opened(root: Path) -> None:
+    """What is wrong with such a job is told with its id, and those behind it are looked at too."""
+    (root / "a.db").touch()
+    (root / "b.db").write_bytes(b"hello\n")
+    ended = run("check", root, "--json", code=1)
+    problems = {line["job"]: line["problems"] for line in lines(ended)}
+    assert problems["a"] == ["the file of job 'a' is empty: it holds no job yet"]
+    assert "file is not a database" in problems["b"][0]
+    assert problems["users"] == []
+    assert "2 problems found" in ended.stderr
+    assert "no job 'none'" in run("check", root, "users", "none", code=1).stderr
+    assert "the file of job 'a' is empty" in run("get", root, "a", "k", code=1).stderr
+
+
+def test_only_a_former_backup_is_replaced_without_a_question(root: Path, tmp_path: Path) -> None:
+    """What was backed up before is replaced; any other file, and a job's own, stays, unless --yes says so."""
+    typed("backup", root, "users", tmp_path / "users.db")
+    typed("backup", root, "users", tmp_path / "users.db")
+    (tmp_path / "mine").write_text("a text of mine\n")
+    (tmp_path / "other").mkdir()
+    run("restore", tmp_path / "other", "job", tmp_path / "users.db")
+    for file in (tmp_path / "mine", tmp_path / "other" / "job.db"):
+        before = file.read_bytes()
+        run("backup", root, "users", file, code=2)
+        assert file.read_bytes() == before
+    code, shown = answered("n\n", "backup", root, "users", tmp_path / "mine")
+    assert code == 1
+    assert "which is no former backup?" in " ".join(shown.split())
+    assert (tmp_path / "mine").read_text() == "a text of mine\n"
+    typed("backup", root, "users", tmp_path / "mine", "--yes")
+    run("restore", root, "copy", tmp_path / "mine")
+
+
+def test_a_place_where_no_backup_can_be_is_named(root: Path, tmp_path: Path) -> None:
+    """A directory, and a path in a directory that isn't there, are told as what they are."""
+    assert f"{str(tmp_path)!r} is a directory" in run("backup", root, "users", tmp_path, code=1).stderr
+    told = run("backup", root, "users", tmp_path / "none" / "b", code=1).stderr
+    assert told == f"persistency: there is no directory {str(tmp_path / 'none')!r}\n  Make it first.\n"
+
+
+def test_a_purge_of_nothing_there_is_an_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root that isn't there, and a job that can't be deleted, are exit code 1."""
+    assert "no directory" in run("purge", root / "none", "1MB", "--yes", code=1).stderr
+
+    def refuse(*_: object, **_more: object) -> None:
+        raise StorageError("the directory may not be written")
+
+    monkeypatch.setattr("persistency.storage.directory.DirectoryRoot.drop", refuse, raising=True)
+    with pytest.raises(SystemExit) as ended:
+        app(["purge", str(root), "1", "--yes"], prog_name="persistency")
+    assert ended.value.code == 1
+    assert (root / "users.db").exists()
+
+
+def test_kill_leaves_no_draft_of_a_backup(tmp_path: Path) -> None:
+    """SIGTERM in the middle of a backup ends it in order, with a word, and nothing is left beside its name."""
+    with Persistency(tmp_path / "root") as p, p.open_job("big") as job:
+        for number in range(400):
+            job.put("records", (number,), bytes(250_000))
+    (tmp_path / "to").mkdir()
+    command = [*COMMAND, "backup", str(tmp_path / "root"), "big", str(tmp_path / "to" / "b")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as backing:
+        while backing.poll() is None and not list((tmp_path / "to").iterdir()):
+            pass  # until its draft is there
+        backing.send_signal(signal.SIGTERM)
+        _, told = backing.communicate(timeout=60)
+    if backing.returncode == 128 + signal.SIGTERM:  # else it was through by then
+        assert told.startswith(b"persistency: interrupted")
+    assert [path.name for path in (tmp_path / "to").iterdir() if path.name != "b"] == []
 
 
 def test_compact_gives_room_back(root: Path) -> None:

@@ -78,7 +78,8 @@ def test_what_is_exported_is_imported_the_same(name: str, tmp_path: Path) -> Non
     """Keys, payloads and ends of every kind come back to the byte and the millisecond, in their categories."""
     fill(tmp_path / "root", everything)
     file = tmp_path / name
-    [told] = lines(run("export", tmp_path / "root", "from", file, "--json"))
+    form = [] if "." in name else ["--format", "jsonl"]  # what says nothing is read as JSON lines, and never so written
+    [told] = lines(run("export", tmp_path / "root", "from", file, *form, "--json"))
     assert (told["rows"], told["categories"]) == (613, ["big", "ends", "keys", "many", "odd é"])
     assert (file.read_bytes()[:2] == b"\x1f\x8b") is name.endswith(".gz")
     assert file.stat().st_mode & 0o777 == 0o600
@@ -204,7 +205,7 @@ def widened(table: Table, entry: Entry) -> list[Entry]:
         (Entry(key(1), encode({"a": 1}), 1, FAR_MS), None, "has an end"),
         (Entry(key(1), encode({"a": 2}), 1, None), ("a",), "isn't made of the record's a"),
         (Entry(key(True), encode({"a": 1}), 1, None), ("a",), "isn't made of the record's a"),
-        (Entry(key(1), encode({"b": 1}), 1, None), ("a",), "isn't made of the record's a"),
+        (Entry(key(1), encode({"b": 1}), 1, None), ("a",), "its key isn't made of the record's a"),
     ],
     ids=str,
 )
@@ -221,8 +222,12 @@ def test_an_export_that_fails_leaves_no_file(tmp_path: Path) -> None:
     """A file is there whole or not at all; what was there before stays, and a job's files are never written over."""
     fill(tmp_path / "root", everything)
     (tmp_path / "rows.csv").write_text("before")
-    assert "CSV takes one category" in run("export", tmp_path / "root", "from", tmp_path / "rows.csv", code=1).stderr
-    ended = run("export", tmp_path / "root", "from", tmp_path / "rows.csv", "-c", "odd é", code=1)
+    words = ["export", tmp_path / "root", "from", tmp_path / "rows.csv", "--yes"]
+    assert "CSV takes one category" in run(*words, code=1).stderr
+    ended = run(*words, "-c", "none", code=1)
+    assert "no rows in category 'none' of job 'from'" in ended.stderr
+    assert "The job has: big, ends, keys, many, odd é." in ended.stderr
+    ended = run(*words, "-c", "odd é", code=1)
     assert "CSV can't hold 0: its value is no record" in ended.stderr
     assert (tmp_path / "rows.csv").read_text() == "before"
     before = (tmp_path / "root" / "from.db").read_bytes()
@@ -230,7 +235,10 @@ def test_an_export_that_fails_leaves_no_file(tmp_path: Path) -> None:
     for name in ("root/from.db", "link", "root/other.lock"):
         assert "a name for a job's files" in run("export", tmp_path / "root", "from", tmp_path / name, code=1).stderr
     assert (tmp_path / "root" / "from.db").read_bytes() == before
-    assert "No such file" in run("export", tmp_path / "root", "from", tmp_path / "none" / "rows", code=1).stderr
+    told = run("export", tmp_path / "root", "from", tmp_path / "none" / "rows.cbor", code=1).stderr
+    assert f"there is no directory {str(tmp_path / 'none')!r}" in told
+    assert "Make it first." in told
+    assert "is a directory" in run("export", tmp_path / "root", "from", tmp_path, "--format", "cbor", code=1).stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "root", "rows.csv"]
 
 
@@ -300,11 +308,26 @@ def test_the_line_of_a_bad_row_is_named(
         ("rows.csv", b"name,size\na,1\n", "line 1: no column 'key'"),
         ("rows.csv", b"key,a,a\n", "two columns have one name"),
         ("rows.csv", b"key,\n", "or one has none"),
+        ("rows.csv", b'{"key": ["a"], "value": 1}\n', "it looks like JSON, not CSV"),
+        ("rows.csv", b"key;a\n1;2\n", "There is ';' between its cells"),
+        ("rows.csv", b"key,a\r1,2\r", "a carriage return in the middle"),
+        ("rows.csv", b'key,a\n1,"2\n3,4\n5,6\n', "line 2: not CSV: unexpected end of data"),
         ("rows.cbor", b"", "is no export of a job"),
         ("rows.cbor", b'{"key": 1}', "is no export of a job"),
         ("rows.cbor.gz", gzip.compress(b"\xa1", mtime=0)[:11], "the gzip file is damaged"),
     ],
-    ids=["no key", "twice", "unnamed", "empty", "json", "gzip"],
+    ids=[
+        "no key",
+        "twice",
+        "unnamed",
+        "looks like JSON",
+        "semicolons",
+        "old ends",
+        "open quote",
+        "empty",
+        "json",
+        "gzip",
+    ],
 )
 def test_a_file_that_is_no_good_makes_no_job(name: str, data: bytes, told: str, tmp_path: Path) -> None:
     """What can be seen of a file before a job is needed is looked at before."""
@@ -408,8 +431,10 @@ def test_kill_ends_an_import_in_order(tmp_path: Path) -> None:
         into.writelines(b'{"id": %d, "text": "%090d"}\n' % (at, at) for at in range(10_000))
         importing.send_signal(signal.SIGTERM)
         _, told = importing.communicate(timeout=60)
-    assert (importing.returncode, told) == (128 + signal.SIGTERM, b"")
     rows = entries(tmp_path / "root", "job")["records"]
+    assert importing.returncode == 128 + signal.SIGTERM
+    assert told.startswith(b"persistency: interrupted: %s records were read" % f"{len(rows):,}".encode())
+    assert told.count(b"\n") == 1
     assert [found.parts for found, _payload, _end in rows] == [(at,) for at in range(len(rows))]
     assert len(rows) > 5_000
 
@@ -438,9 +463,81 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, "export", tmp_path / "root", "from", tmp_path / "rows.cbor"]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert "File too large" in ended.stderr
+    assert f"{tmp_path / 'rows.cbor'}: File too large" in ended.stderr
+    assert "ulimit -f" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not [path for path in tmp_path.iterdir() if "cbor" in path.name]
+
+
+def test_what_a_full_disk_refuses_is_told_once(tmp_path: Path) -> None:
+    """What is logged on the way to the error isn't told besides it: there are two lines."""
+    (tmp_path / "big").write_bytes(bytes(500_000))
+    typed("put", tmp_path / "root", "job", "k", "1")
+    command = [sys.executable, "-c", FULL, "put", tmp_path / "root", "job", "big", "--file", tmp_path / "big"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert ended.returncode == 1
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("persistency: job 'job' can't go on: ")
+    assert second == "  Mend that (is there room on the disk?), and try again."
+
+
+def test_an_atomic_import_that_fails_leaves_no_new_job(tmp_path: Path) -> None:
+    """A batch that the job refuses leaves neither a job nor a root that weren't there before."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"key": ["a"], "value": 1, "category": "x" * 300}])
+    words = ["import", tmp_path / "root", "job", tmp_path / "rows.jsonl"]
+    for option in ([], ["--atomic"]):
+        run(*words, *option, code=1)
+        assert not (tmp_path / "root").exists()
+    fill(tmp_path / "root", lambda job: job.put("records", (1,), b""))
+    run(*words, "--atomic", code=1)
+    assert [stored.job_id for stored in Persistency(tmp_path / "root").stored_jobs()] == ["from"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.cbor", "rows.cbor.gz"])
+def test_only_a_former_export_is_replaced_without_a_question(name: str, tmp_path: Path) -> None:
+    """What was exported in that format before is replaced; any other file stays, unless --yes says so."""
+    fill(tmp_path / "root", lambda job: job.put("records", ('"',), encode(1)))
+    words = ["export", tmp_path / "root", "from", tmp_path / name]
+    typed(*words)
+    exported = (tmp_path / name).read_bytes()
+    typed(*words)
+    other = tmp_path / f"other.{'cbor' if 'jsonl' in name else 'jsonl'}"
+    typed("export", tmp_path / "root", "from", other)
+    mine = [b'{"section": "games"}\n', gzip.compress(b'{"key": ["a"], "value": 1}\n'), b"\x1f\x8b", other.read_bytes()]
+    for data in mine:
+        (tmp_path / name).write_bytes(data)
+        typed(*words, code=2)
+        assert (tmp_path / name).read_bytes() == data
+    (tmp_path / name).write_bytes(b"")  # there is nothing to be lost
+    typed(*words)
+    (tmp_path / name).write_bytes(b"mine")
+    typed(*words, "--yes")
+    assert len((tmp_path / name).read_bytes()) == pytest.approx(len(exported), abs=20)  # but for its time
+
+
+def test_a_csv_file_is_never_replaced_without_a_question(tmp_path: Path) -> None:
+    """It doesn't say who has written it."""
+    fill(tmp_path / "root", lambda job: job.put("records", (1,), encode({"a": 1})))
+    words = ["export", tmp_path / "root", "from", tmp_path / "rows.csv"]
+    typed(*words)
+    typed(*words, code=2)
+    typed(*words, "--yes")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.csv")
+    typed("export", tmp_path / "root", "from", tmp_path / "link.jsonl", code=2)
+    assert (tmp_path / "rows.csv").read_bytes() == b"key,a\r\n1,1\r\n"
+
+
+def test_sets_come_back_whatever_the_order_of_their_members(tmp_path: Path) -> None:
+    """The members of a set have another order in every process; an export in JSON lines has the payload."""
+    words = [f"word {number}" for number in range(20)]
+    fill(tmp_path, lambda job: [job.put("records", (at,), encode({"in": set(words[at:])})) for at in range(10)])
+    for seed in ("1", "2"):
+        environment = ENVIRONMENT | {"PYTHONHASHSEED": seed}
+        for command in (["export", tmp_path, "from", tmp_path / "rows.jsonl"],
+                        ["import", tmp_path, f"to-{seed}", tmp_path / "rows.jsonl"]):  # fmt: skip
+            environment["PYTHONHASHSEED"] += "0"
+            subprocess.run([*COMMAND, *command], check=True, capture_output=True, env=environment, timeout=60)
+        assert entries(tmp_path, f"to-{seed}") == entries(tmp_path, "from")
 
 
 def test_a_job_that_changes_is_exported_meanwhile(tmp_path: Path) -> None:

@@ -11,12 +11,16 @@ Doesn't know: what the commands do; `app` lists them.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
+
+_STDERR = 2
 
 
 def main() -> int:
     """Run the command that `sys.argv` names. Returns the exit code, or raises `SystemExit` with it."""
+    _have_streams()
     try:
         if find_spec("rich") is None:  # which is imported only where something is drawn
             raise ModuleNotFoundError(name="rich")
@@ -35,5 +39,20 @@ def main() -> int:
 
     tell_what_is_logged()
     install_signal_handlers()  # so that `kill` ends a command in order, as Ctrl-C does
-    app(prog_name="persistency")
+    try:
+        app(prog_name="persistency")
+    except KeyboardInterrupt:  # before the command has begun
+        print("persistency: interrupted", file=sys.stderr)
+        return 130
     return 0
+
+
+def _have_streams() -> None:
+    """Have stdin, stdout and stderr lead to nowhere where they were closed, lest another file get their numbers."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(handle)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115  # for good
+            setattr(sys, name, stream)

@@ -10,19 +10,33 @@ Doesn't know: how anything is done.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from persistency import __version__
 from persistency.cli.caring import backup, check, compact, drop, purge, restore
 from persistency.cli.changing import put, rm
 from persistency.cli.demonstrating import demo
 from persistency.cli.looking import count, get, ls, scan, stat, watch
 from persistency.cli.moving import export, import_
+from persistency.cli.show import show_line
 
 app: typer.Typer = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        show_line((f"persistency {__version__}",))
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[  # its callback deals with it
+        bool, typer.Option("--version", help="Show the version, and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """An embedded, durable, ordered key-value engine: look into its jobs, change them, move them, see it work.
 
     What only looks reads a job beside whoever has it open. What writes needs the job for itself.

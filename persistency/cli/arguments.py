@@ -10,6 +10,7 @@ Doesn't know: what the commands do with it.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,8 @@ def _directory(text: str) -> str:
     """Refuse what names no directory; the engine refuses the rest, with its own words."""
     if text in ("", ":memory:"):
         raise typer.BadParameter("pass a directory: what is kept in memory ends with this command")
+    if Path(text).is_file():
+        raise typer.BadParameter(f"{text} is a file, not a directory")
     return text
 
 

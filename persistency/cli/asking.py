@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from persistency.cli.ending import Fault
+from persistency.cli.ending import Fault, stopped
 from persistency.cli.show import visible
 
 
@@ -22,10 +22,12 @@ def ask(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise typer.BadParameter("there is no terminal to ask on: type --yes", param_hint="'--yes'")
+        raise typer.BadParameter(
+            f"{visible(question)} There is no terminal to ask on: type --yes", param_hint="'--yes'"
+        )
     try:
         agreed = typer.confirm(visible(question), err=True)
     except typer.Abort:  # Ctrl-C, or the end of the input
-        raise KeyboardInterrupt("nothing was done") from None
+        raise stopped(KeyboardInterrupt(), "nothing was done") from None
     if not agreed:
         raise Fault("nothing was done")

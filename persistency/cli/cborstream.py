@@ -15,7 +15,7 @@ from hashlib import sha256
 from queue import Full, Queue
 
 from persistency import Entry, Job, Reader
-from persistency.cli.ending import Fault
+from persistency.cli.ending import Fault, Stop
 from persistency.codec.values import encode
 
 FORMAT = 1
@@ -43,15 +43,16 @@ def write_stream(reader: Reader, rows: Iterable[tuple[str, Entry]], write: Calla
 
 
 class Interrupted(Exception):
-    """Somebody has asked for an end; `rows` were read and dealt with before."""
+    """Somebody has asked for an end, by `stop`; `rows` were read and dealt with before."""
 
-    def __init__(self, rows: int) -> None:
-        super().__init__(rows)
+    def __init__(self, rows: int, stop: Stop) -> None:
+        super().__init__(rows, stop)
         self.rows = rows
+        self.stop = stop
 
 
 def read_stream(job: Job, pieces: Iterator[bytes], advance: Callable[[int], None]) -> int:
-    """Take an export in; return how many rows were taken. Raises `Interrupted` for Ctrl-C, once all is at rest."""
+    """Take an export in; return how many rows were taken. Raises `Interrupted` for `Stop`, once all is at rest."""
     source = _Handed()
     seen = 0
 
@@ -69,11 +70,11 @@ def read_stream(job: Job, pieces: Iterator[bytes], advance: Callable[[int], None
                 break  # it has failed, and wants no more
         source.hand(b"")
         return reply.result()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         source.interrupt()
-        if reply.exception() is None:  # it was through already
+        if reply.exception() is None and isinstance(stop, KeyboardInterrupt):  # it was through already
             return reply.result()
-        raise Interrupted(seen) from None
+        raise Interrupted(seen, stop) from None
     except Fault as fault:  # the file can't be read on
         source.interrupt()
         reply.exception()

@@ -70,6 +70,7 @@ def put(
     wanted, seconds = as_key(key, "KEY"), as_ttl(ttl)
     payload = _payload(value, raw, file)
     with having(root, job, make=True) as opened:
+        new = not opened.version().result()
         try:
             version = opened.commit(Put(category, wanted, payload, seconds)).result()
         except Misuse as error:
@@ -78,7 +79,8 @@ def put(
     if as_json:
         show_json({"job": job, "category": category, "key": key_to_json(wanted), "version": version})
     else:
-        show_line((f"{format_key(wanted)} is stored in {category!r} of job {job!r}, as version {version}",))
+        where = f"the new job {job!r} in {root}" if new else f"job {job!r}"
+        show_line((f"{format_key(wanted)} is stored in {category!r} of {where}, as version {version}",))
 
 
 def _payload(value: str | None, raw: str | None, file: Path | None) -> bytes:

@@ -96,7 +96,7 @@ class Table:
             made = None
         if made != entry.key:
             hint = "Without --key, or with other fields, it can be exported."
-            raise _refused(entry.key, f"isn't made of the record's {', '.join(self._fields)}", hint)
+            raise _refused(entry.key, f"its key isn't made of the record's {', '.join(self._fields)}", hint)
         return record
 
 
@@ -160,20 +160,38 @@ def _checked_header(file: InFile, names: list[str], fields: tuple[str, ...] | No
     lacking = [name for name in fields or (KEY_COLUMN,) if name not in names]
     if lacking:
         hint = f"The columns are: {', '.join(names[:20])}. Name those that make the key: --key {names[0]}"
+        if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+            hint = f"There is {other!r} between its cells; CSV has commas."
         raise Fault(f"{file.where}: no column {lacking[0]!r}", hint)
     return names
 
 
 def _next(file: InFile, lines: Iterator[list[str]]) -> list[str] | None:
+    begun = file.line + 1
     try:
         return next(lines, None)
     except csv.Error as error:
-        raise Fault(f"{file.where}: not CSV: {error}") from error
+        if "new-line character" in str(error):  # its own words are about the arguments of `open`
+            raise Fault(f"{file.where}: not CSV: a carriage return in the middle of a line") from error
+        hint = "A quote that was opened in it isn't closed." if file.line > begun else ""
+        raise Fault(f"{file.name}, line {begun}: not CSV: {error}", hint) from error
 
 
 def _lines(file: InFile) -> Iterator[str]:
     while line := file.next_line(LINE_BYTES_MAX):
         try:
-            yield line.decode("utf-8-sig" if file.line == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if file.line == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise Fault(f"{file.where}: not CSV in UTF-8: {error}") from error
+        if file.line == 1 and _is_json(text):
+            raise Fault(f"{file.where}: it looks like JSON, not CSV", "Pass --format jsonl.")
+        yield text
+
+
+def _is_json(line: str) -> bool:
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

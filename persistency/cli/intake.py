@@ -5,8 +5,8 @@ Rules:
      stays bounded however long the file is.
   2. It is over when `flush` has said that everything is committed; a write that failed is an error.
   3. The first row is read before the job is opened: a file that is no good makes no job.
-  4. Where it stops early, at a bad line or at Ctrl-C, what came before is stored, whole lines from the first to the one
-     that is named, and nothing behind it.
+  4. Where it stops early, at a bad line, at Ctrl-C or `kill`, what came before is stored, whole lines from the first
+     to the one that is named, and nothing behind it.
   5. An atomic intake is one batch: all of the file is read, then all of it is stored or nothing.
   6. An end is a moment, and doesn't move: the clock stands still between the look at it and the row's posting.
 
@@ -23,7 +23,7 @@ from time import monotonic, time
 
 from persistency import Job, Misuse, Poisoned, Put, Reply, StorageError, WriteFailed
 from persistency.cli.cborstream import Interrupted, read_stream
-from persistency.cli.ending import Fault
+from persistency.cli.ending import Fault, hint_of, stopped
 from persistency.cli.infile import InFile
 from persistency.cli.interrupts import Interrupts
 from persistency.cli.opening import having
@@ -31,6 +31,7 @@ from persistency.cli.rowfile import RowFile, TakenRow
 
 DEFAULT_CATEGORY = "records"
 _ADVANCE_EVERY = 256
+_TTL_MS_MAX = 10_000_000_000_000  # the longest that a row may have left
 _MAPS = {bytes((byte,)) for byte in range(0xA0, 0xBC)}  # what the first item of an export may begin with
 _OF_THE_BEGINNING = "What is stored is the beginning of the file; importing it again does no harm."
 
@@ -71,14 +72,14 @@ def take_in(
     """Put every row of a file into a job, which is made if it isn't there.
 
     Rows go to `category`; if that is `None`, to the one the file names. Raises `Fault` for a row that is no good,
-    `PersistencyError` for what the job refuses, `KeyboardInterrupt` with a word about what was done.
+    `PersistencyError` for what the job refuses, `Stop` with a word about what was done.
     """
     started = monotonic()
     take = _Taking(category, file, advance, atomic=atomic)
     try:
         take.begin()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was stored") from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise stopped(stop, "nothing was stored") from None
     with having(root, job_id, make=True, clock=take.clock) as job:
         take.store(job)
     take.intake.seconds = monotonic() - started
@@ -117,9 +118,9 @@ class _Taking:
                 self._store_together(job)
             else:
                 self._store_each(job)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stop:
             self._finish(job)
-            raise KeyboardInterrupt(self._told(job)) from None
+            raise stopped(stop, self._told(job)) from None
 
     def _store_each(self, job: Job) -> None:
         intake, file = self.intake, self._file
@@ -141,7 +142,7 @@ class _Taking:
                 self._finish(job)
                 # A file's own faults say where they are; what the job refuses knows nothing of lines.
                 message = str(error) if isinstance(error, Fault) else f"{file.where}: {error}"
-                hint = f"{error.hint}\nThe records before it, {intake.records:,}, are stored."
+                hint = f"{hint_of(error)}\nThe records before it, {intake.records:,}, are stored."
                 raise Fault(message, hint.strip()) from error
             except (StorageError, Poisoned, WriteFailed) as error:
                 error.hint = f"{error.hint}\n{_OF_THE_BEGINNING}"
@@ -156,7 +157,7 @@ class _Taking:
                 self._batch = job.commit(puts)
                 self._batch.result()
             except Misuse as error:
-                raise Fault(f"{self._file.name}: {error}", f"{error.hint}\nNothing was stored.") from error
+                raise Fault(f"{self._file.name}: {error}", f"{hint_of(error)}\nNothing was stored.".strip()) from error
             self.intake.records, self.intake.line = len(rows), self._file.line
             self._finish(job)
 
@@ -168,13 +169,12 @@ class _Taking:
         if row.expires_ms is None:
             return Put(category, row.key, row.payload)
         left_ms = row.expires_ms - job.now_ms
+        if left_ms > _TTL_MS_MAX:
+            raise Misuse(f"an end of {row.expires_ms} ms is too far away")
         if left_ms <= 0:
             self.intake.ended += 1
             return None
-        try:
-            return Put(category, row.key, row.payload, timedelta(milliseconds=left_ms))
-        except OverflowError as error:
-            raise Misuse(f"an end of {row.expires_ms} ms is too far away") from error
+        return Put(category, row.key, row.payload, timedelta(milliseconds=left_ms))
 
     def _finish(self, job: Job) -> None:
         job.flush().result()
@@ -196,8 +196,8 @@ class _Taking:
 def take_stream(root: str, job_id: str, file: InFile, advance: Callable[[int], None]) -> Intake:
     """Hand an export, in CBOR, to a job, which is made if it isn't there.
 
-    Raises `Fault` for a file that is no such thing, `PersistencyError` for what the job refuses, `KeyboardInterrupt`
-    with a word about what was done.
+    Raises `Fault` for a file that is no such thing, `PersistencyError` for what the job refuses, `Stop` with a
+    word about what was done.
     """
     started = monotonic()
     intake = Intake()
@@ -210,6 +210,6 @@ def take_stream(root: str, job_id: str, file: InFile, advance: Callable[[int], N
             intake.records = read_stream(job, chain([first], pieces), advance)
         except Interrupted as interrupted:
             told = f"{interrupted.rows:,} rows were read, and all of them are stored"
-            raise KeyboardInterrupt(told) from None
+            raise stopped(interrupted.stop, told) from None
     intake.seconds = monotonic() - started
     return intake

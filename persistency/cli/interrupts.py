@@ -1,4 +1,4 @@
-"""Ctrl-C, heard at once where somebody waits, and between two steps where something must not be torn apart.
+"""Ctrl-C and `kill`, heard at once where somebody waits, and between two steps where none must be torn apart.
 
 Rules:
   1. While `busy` an interrupt is noted, and raised by `done`, when the step is over.
@@ -12,34 +12,43 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 
 class Interrupts:
-    """Decides where Ctrl-C is raised, in the main thread, while it is entered."""
+    """Decides where Ctrl-C and `kill` are raised, in the main thread, while it is entered."""
 
     def __init__(self) -> None:
         self.busy: bool = False
-        self._noted = False
-        self._before: Any = None
+        self._noted = 0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         with contextlib.suppress(ValueError):  # in another thread than the main one there are none
-            self._before = signal.signal(signal.SIGINT, self._take)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if callable(before := signal.getsignal(number)):  # who ignores a signal, or dies of it, goes on so
+                    self._before[number] = before
+                    signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def done(self) -> None:
         """End a step, and raise what was noted in it."""
         self.busy = False
         if self._noted:
-            raise KeyboardInterrupt
+            _raise(self._noted)
 
-    def _take(self, *_: object) -> None:
+    def _take(self, number: int, _frame: object) -> None:
         if not self.busy or self._noted:
             self.busy = False
-            raise KeyboardInterrupt
-        self._noted = True
+            _raise(number)
+        self._noted = number
+
+
+def _raise(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

@@ -33,11 +33,11 @@ from persistency.cli.arguments import (
     as_range,
     exclude,
 )
-from persistency.cli.ending import Fault, say, told
+from persistency.cli.ending import Fault, say, stopped, told
 from persistency.cli.interrupts import Interrupts
 from persistency.cli.jsonable import payload_to_json
 from persistency.cli.keys import format_key, key_to_json
-from persistency.cli.opening import find, looking_into, why_nothing
+from persistency.cli.opening import check_there, find, looking_into, reading, why_nothing
 from persistency.cli.owners import Owners
 from persistency.cli.show import as_size, as_time, show_json, show_line, show_pairs, show_rows, show_table, show_value
 
@@ -52,9 +52,8 @@ def ls(root: Root, as_json: AsJson = False) -> None:
 
     Example: persistency ls data
     """
-    if not Path(root).is_dir():
-        raise Fault(f"no directory {root}", "A root is made by the first job that is stored in it.")
     with Persistency(root) as persistency:
+        check_there(root)
         jobs = persistency.stored_jobs()
     owners = Owners()
     if as_json:
@@ -98,7 +97,7 @@ def stat(root: Root, job: JobId, as_json: AsJson = False) -> None:
         stored = find(persistency, root, job)
         file_format = _format_of(stored.path)
         owner = Owners().of(stored)
-        with persistency.open_reader(job) as reader:
+        with reading(persistency, stored) as reader:
             rows = {name: reader.count(name).result() for name in reader.categories().result()}
             numbers = {
                 **_stored_json(stored, None),
@@ -256,8 +255,8 @@ def watch(
                         if left == 0:
                             return
                     sys.stdout.flush()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"go on with --after {seen}") from None
+        except (KeyboardInterrupt, SystemExit) as stop:
+            raise stopped(stop, f"go on with --after {seen}") from None
 
 
 def _show_change(change: Change, *, as_json: bool) -> None:

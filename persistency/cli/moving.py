@@ -3,6 +3,8 @@
 Rules:
   1. What `export` writes `import` reads back as the same rows.
   2. An import that stops early says what is stored; an export that stops early leaves no file.
+  3. What is read is JSON lines if nothing says else, for a wrong guess is told at its first line; of what is written
+     the format is said.
 
 Doesn't know: how anything is done.
 """
@@ -17,16 +19,32 @@ from typing import Annotated, Any
 
 import typer
 
-from persistency import Reader
-from persistency.cli.arguments import AnyCategory, AsJson, JobId, Root, as_fields
-from persistency.cli.ending import Fault, say, told
-from persistency.cli.opening import looking_into
+from persistency import Persistency, Reader
+from persistency.cli.arguments import AnyCategory, AsJson, JobId, Root, Yes, as_fields
+from persistency.cli.ending import Fault, told
+from persistency.cli.opening import find, looking_into
 from persistency.cli.rowfile import Format, RowFile, format_of
 from persistency.cli.show import progress, show_json, show_pairs, working
 
+_FORMATS = [form.value for form in Format]
+
+
+def _known(text: str | None) -> str | None:
+    if text is not None and text not in _FORMATS:
+        raise typer.BadParameter(f"{text!r} is no format; there are {', '.join(_FORMATS)}")
+    return text
+
+
 Form = Annotated[
-    Format | None,
-    typer.Option("--format", help="The format; without it what the file's name ends in says so.", show_default=False),
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="|".join(_FORMATS),
+        help="The format; without it what the file's name ends in says so.",
+        show_default=False,
+        callback=_known,
+        autocompletion=lambda: _FORMATS,
+    ),
 ]
 
 
@@ -58,7 +76,7 @@ def import_(
 
     Example: persistency import data packages debian-packages.jsonl.gz --key section,package
     """
-    names, chosen = as_fields(fields), format_of(file, form)
+    names, chosen = as_fields(fields), Format(form) if form else format_of(file) or Format.jsonl
     if chosen is Format.cbor:
         _check_cbor(names, category, atomic=atomic)
         _import_stream(root, job, file, as_json=as_json)
@@ -112,7 +130,12 @@ def export(
     root: Root,
     job: JobId,
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A .jsonl, .csv or .cbor file, with .gz packed; - is stdout.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A .jsonl, .csv or .cbor file, with .gz packed; - is stdout. A former export is replaced.",
+            show_default=False,
+        ),
     ],
     fields: Annotated[
         str | None,
@@ -120,6 +143,7 @@ def export(
     ] = None,
     category: AnyCategory = None,
     form: Form = None,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the rows of a job to a file, whole or not at all, also while a service has the job open.
@@ -127,16 +151,25 @@ def export(
     JSON lines and CBOR hold every row, with its end, to the byte. CSV holds one category of flat records, and says
     what it can't hold. It is no snapshot of one moment: rows that come or go meanwhile may be in it or not.
 
+    A former export in the same format, JSON lines or CBOR, is replaced without a question. Any other file of that name
+    is asked about first, a CSV file always.
+
     Examples: persistency export data packages packages.jsonl.gz; persistency export data packages - | jq .value
     """
-    from persistency.cli.outfile import STDOUT, writing
+    from persistency.cli.outfile import STDOUT, check_name, writing
     from persistency.cli.outtake import give_out
+    from persistency.cli.replacing import agree
 
-    names, chosen = as_fields(fields), format_of(file, form)
+    check_name(file)
+    names, chosen = as_fields(fields), Format(form) if form else _format_to_write(file)
     if names is not None and chosen is not Format.csv:
         raise typer.BadParameter(
             "only CSV has columns; JSON lines and CBOR have a key of its own", param_hint="'--key'"
         )
+    if str(file) != STDOUT:
+        with Persistency(root) as persistency:
+            find(persistency, root, job)
+        agree(file, chosen, yes=yes)
     started = monotonic()
     with looking_into(root, job) as opened:
         categories = _categories(opened, category, chosen)
@@ -156,13 +189,22 @@ def export(
     show_pairs(f"{job}: {file}", pairs)
 
 
+def _format_to_write(file: Path) -> Format:
+    """Return the format that a file's name says; pipes and devices have no names of ours, and get JSON lines."""
+    found = format_of(file)
+    if found is None and str(file) != "-" and (file.is_file() or not file.exists()):
+        message = f"{str(file)!r} doesn't say the format: end it in .jsonl, .csv or .cbor, or pass --format"
+        raise typer.BadParameter(message, param_hint="'FILE'")
+    return found or Format.jsonl
+
+
 def _categories(job: Reader, category: str | None, chosen: Format) -> list[str]:
     """Return what is to be exported."""
     there = job.categories().result()
     if category is not None:
         if category not in there:
             has = ", ".join(there) or "no rows at all"
-            say(f"no rows: Category {category!r} is empty; the job has: {has}.")
+            raise Fault(f"no rows in category {category!r} of job {job.id!r}", f"The job has: {has}.")
         return [category]
     if chosen is Format.csv and len(there) > 1:
         raise Fault("CSV takes one category", f"Name it with --category; the job has: {', '.join(there)}.")

@@ -3,6 +3,7 @@
 Rules:
   1. What only looks uses a reader: it takes no lock, makes no job and never keeps an owner waiting.
   2. A job that isn't there is made by `put` and `import` alone; to all others it is a fault that says what is there.
+     One that was made, and in which nothing was stored after all, is dropped again.
   3. A job that keeps its changes goes on keeping them while a command writes to it: a feed has no gap from here.
   4. Where the disk is full a person would rather be told than wait: a job stalls for a second, no longer.
 
@@ -12,11 +13,11 @@ Doesn't know: what is done with a job.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import time
 
-from persistency import Job, JobLocked, JobNotFound, Misuse, Persistency, Reader, StoredJob
+from persistency import Job, JobLocked, JobNotFound, Misuse, Persistency, PersistencyError, Reader, StoredJob
 from persistency.cli.ending import Fault, Locked
 from persistency.cli.keys import as_texts, format_key
 
@@ -26,13 +27,31 @@ _STALL_TIMEOUT = 1.0
 _SHOWN_MAX = 20
 
 
+class NothingStored(Fault):
+    """There is a job's file, but nobody has got as far as to store anything in it."""
+
+    def __init__(self, stored: StoredJob) -> None:
+        super().__init__(f"the file of job {stored.job_id!r} is empty: it holds no job yet", f"It is {stored.path}")
+
+
 @contextmanager
 def looking_into(root: str, job_id: str) -> Iterator[Reader]:
     """Give a reader of a job that is there."""
     with Persistency(root) as persistency:
-        find(persistency, root, job_id)
-        with persistency.open_reader(job_id) as reader:
+        stored = find(persistency, root, job_id)
+        with reading(persistency, stored) as reader:
             yield reader
+
+
+@contextmanager
+def reading(persistency: Persistency, stored: StoredJob) -> Iterator[Reader]:
+    """Give a reader of a job that was found. Raises `NothingStored` if there is but an empty file."""
+    try:
+        reader = persistency.open_reader(stored.job_id)
+    except JobNotFound as error:
+        raise NothingStored(stored) from error
+    with reader:
+        yield reader
 
 
 @contextmanager
@@ -41,8 +60,27 @@ def having(root: str, job_id: str, *, make: bool = False, clock: Callable[[], fl
     with Persistency(root, clock=clock) as persistency:
         if not make:
             find(persistency, root, job_id)
-        with _opened(persistency, job_id) as job:
-            yield job
+        unused = False
+        try:
+            with _opened(persistency, job_id) as job:
+                try:
+                    yield job
+                except BaseException:
+                    with suppress(PersistencyError):
+                        unused = make and job.version().result() == 0
+                    raise
+        except BaseException:
+            if unused:
+                with suppress(PersistencyError, OSError):
+                    persistency.drop_job(job_id)
+                    Path(root).rmdir()  # if there is nothing else in it
+            raise
+
+
+def check_there(root: str) -> None:
+    """Raise `Fault` if there is no such directory."""
+    if not Path(root).is_dir():
+        raise Fault(f"no directory {root}", "A root is made by the first job that is stored in it.")
 
 
 def find(persistency: Persistency, root: str, job_id: str) -> StoredJob:

@@ -37,8 +37,24 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         with open(sys.stdout.fileno(), "wb", closefd=False) as file:
             yield file
         return
+    try:
+        with _written(path) as file:
+            yield file
+    except OSError as error:
+        if error.filename is None or os.fsdecode(error.filename).endswith(".tmp"):
+            error.filename = str(path)  # who has typed this knows nothing of a draft
+        raise
+
+
+def check_name(path: Path) -> None:
+    """Refuse a name that is kept for a job's files."""
     if any(_JOBS_FILE.search(name) for name in (path.name, os.path.realpath(path))):
         raise Fault(f"{str(path)!r} is a name for a job's files", "Pass another one.")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    check_name(path)
     packed = path.suffix.lower() == ".gz"
     if not _is_replaceable(path):
         with path.open("wb") as file, _packing(file, packed=packed) as into:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from persistency import Key, Misuse, key
-from persistency.cli.ending import Fault
+from persistency.cli.ending import Fault, hint_of
 from persistency.cli.infile import InFile
 from persistency.cli.jsonable import loads
 from persistency.codec.values import encode
 
 LINE_BYTES_MAX = 64 * 1024 * 1024
+_LINE_HINT = "Each line must be one JSON object; of another format say --format csv or cbor."
 
 
 class RecordFile:
@@ -61,7 +62,7 @@ def records_of(file: InFile, fields: tuple[str, ...]) -> Iterator[tuple[Key, byt
         try:
             payload = encode(record)
         except Misuse as error:
-            raise Fault(f"{file.where}: {error}", error.hint) from error
+            raise Fault(f"{file.where}: {error}", hint_of(error)) from error
         yield key_of_it, payload
 
 
@@ -73,11 +74,11 @@ def objects_of(file: InFile) -> Iterator[dict[str, Any]]:
         try:
             record = loads(line.decode("utf-8-sig" if file.line == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            raise Fault(f"{file.where}: not JSON: {error}", "Each line must be one JSON object.") from error
+            raise Fault(f"{file.where}: not JSON: {error}", _LINE_HINT) from error
         except ValueError as error:
-            raise Fault(f"{file.where}: {error}", "Each line must be one JSON object.") from error
+            raise Fault(f"{file.where}: {error}", _LINE_HINT) from error
         if not isinstance(record, dict):
-            raise Fault(f"{file.where}: {kind_of(record)}, not an object", "Each line must be one JSON object.")
+            raise Fault(f"{file.where}: {kind_of(record)}, not an object", _LINE_HINT)
         yield record
 
 
@@ -86,7 +87,7 @@ def record_key(file: InFile, record: Mapping[str, Any], fields: tuple[str, ...])
     try:
         return key(*(_part(file, record, field) for field in fields))
     except Misuse as error:
-        raise Fault(f"{file.where}: {error}", error.hint) from error
+        raise Fault(f"{file.where}: {error}", hint_of(error)) from error
 
 
 def _part(file: InFile, record: Mapping[str, Any], field: str) -> Any:

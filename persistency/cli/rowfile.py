@@ -1,7 +1,7 @@
 """Row files: what an import reads, whatever its format, and how formats are told apart.
 
 Rules:
-  1. A format is named by `--format`, else by the suffix, before a .gz; what says nothing is JSON lines.
+  1. A format is named by `--format`, else by the suffix, before a .gz.
   2. A source knows the line it is at: what is told of an import is told in lines.
 
 Doesn't know: jobs, how a format is spelled.
@@ -26,15 +26,13 @@ class Format(StrEnum):
     cbor = "cbor"
 
 
-_SUFFIXES = {".csv": Format.csv, ".cbor": Format.cbor}
+_SUFFIXES = {".jsonl": Format.jsonl, ".ndjson": Format.jsonl, ".csv": Format.csv, ".cbor": Format.cbor}
 
 
-def format_of(path: Path, named: Format | None) -> Format:
-    """Return the format of a file, by its name if it isn't named."""
-    if named is not None:
-        return named
+def format_of(path: Path) -> Format | None:
+    """Return the format that a file's name says, if it says one."""
     inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return _SUFFIXES.get(inner.suffix.lower(), Format.jsonl)
+    return _SUFFIXES.get(inner.suffix.lower())
 
 
 class TakenRow(NamedTuple):

@@ -1,7 +1,7 @@
-"""Working: long work that a job does in a thread of its own, while this one waits, shows it, and hears Ctrl-C.
+"""Working: long work that a job does in a thread of its own, while this one shows it, and hears Ctrl-C and `kill`.
 
 Rules:
-  1. Ctrl-C ends the work at its next step, and is told once the work is at rest; work that was through by then is done.
+  1. Either ends the work at its next step, and is told once the work is at rest; work that was through by then is done.
 
 Doesn't know: what the work is.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from persistency import Reply
+from persistency.cli.ending import stopped as stopped_by
 from persistency.cli.show import Advance
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class _Stopped(Exception):
 
 
 def carried_out(begin: Callable[[Advance], Reply[T]], advance: Advance, told: str) -> T:
-    """Have work begun, with what is told its progress, and wait for it; `told` is what to say of it at Ctrl-C."""
+    """Have work begun, with what is told its progress, and wait for it; `told` is what to say if it is stopped."""
     stopped = False
 
     def step(done: int, total: int | None) -> None:
@@ -33,8 +34,10 @@ def carried_out(begin: Callable[[Advance], Reply[T]], advance: Advance, told: st
     reply = begin(step)
     try:
         return reply.result()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         stopped = True
         if isinstance(reply.exception(), _Stopped):
-            raise KeyboardInterrupt(told) from None
+            raise stopped_by(stop, told) from None
+        if isinstance(stop, SystemExit):
+            raise
         return reply.result()
