@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from persistency import Job, Key, KeyRange, Misuse, Persistency, Row, key
 from persistency.cli.demonstrating import KILLED_JOB, STREAM_JOB
-from persistency.cli.ending import Fault
+from persistency.cli.ending import Fault, stopped
 from persistency.cli.keys import format_key, key_to_json
 from persistency.cli.kill import Killed, kill_writer
 from persistency.cli.show import show_counts, show_pairs
@@ -105,8 +105,8 @@ def demonstrate(root: str, source: Source, advance: Callable[[int], None]) -> Su
                 prefixes = _scan_prefixes(job, ordered, posted, faults)
                 range_rows, last_rows = _scan_backwards(job, ordered, posted, faults)
             killed = kill_writer(persistency, KILLED_JOB)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{posted.records:,} records were posted") from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise stopped(stop, f"{posted.records:,} records were posted") from None
     return Summary(
         title=source.title,
         records=posted.records,

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from persistency import Reply
 from persistency.cli.ending import stopped as stopped_by
+from persistency.cli.interrupts import Interrupts
 from persistency.cli.show import Advance
 
 T = TypeVar("T")
@@ -31,13 +32,16 @@ def carried_out(begin: Callable[[Advance], Reply[T]], advance: Advance, told: st
             raise _Stopped
         advance(done, total)
 
-    reply = begin(step)
-    try:
-        return reply.result()
-    except (KeyboardInterrupt, SystemExit) as stop:
-        stopped = True
-        if isinstance(reply.exception(), _Stopped):
-            raise stopped_by(stop, told) from None
-        if isinstance(stop, SystemExit):
-            raise
-        return reply.result()
+    with Interrupts() as interrupts:
+        interrupts.busy = True  # work that is begun, and nobody knows of, would be torn off where it stands
+        reply = begin(step)
+        try:
+            interrupts.done()
+            return reply.result()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            stopped = True
+            if isinstance(reply.exception(), _Stopped):
+                raise stopped_by(stop, told) from None
+            if isinstance(stop, SystemExit):
+                raise
+            return reply.result()
