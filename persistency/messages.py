@@ -109,7 +109,7 @@ def touch_row(category: str, key: KeyLike, ttl: Ttl | None, now_ms: NowMs) -> To
 
 def batch(ops: Op | Iterable[Op], now_ms: NowMs) -> tuple[Batch, int]:
     """Return operations as one batch, and the bytes of its keys and payloads."""
-    if type(ops) is Put and ops.ttl is None and type(ops.payload) is bytes:  # the usual one, in a third of the time
+    if type(ops) is Put and ops.ttl is None and type(ops.payload) is bytes:  # the usual one: it needn't be told apart
         items = [as_category(ops.category), as_key_bytes(ops.key), as_payload(ops.payload)]
         return Batch(items, 1, False, (ops,)), len(items[1]) + len(ops.payload)
     if isinstance(ops, Op):

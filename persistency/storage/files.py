@@ -115,10 +115,10 @@ def size(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def clear_leftovers(path: Path) -> Sizes:
-    """Return what is there; without a database, clear away what SQLite would take for a part of a new one."""
+def look(path: Path) -> Sizes:
+    """Return what lies in a job's place. Raises what `check_regular` does, `Corrupt` for a log without its database."""
     name = str(path)
-    log, index, journal = (_regular_size(name + suffix) for suffix in SIDECARS)
+    log, _index, journal = (_regular_size(name + suffix) for suffix in SIDECARS)
     database = _regular_size(name)
     # SQLite would clear the log of an empty file away.
     if not database and log:
@@ -126,11 +126,16 @@ def clear_leftovers(path: Path) -> Sizes:
             f"{name!r} is {'gone' if database is None else 'empty'}, but its write-ahead log is still there",
             hint="Bring the file back, or clear the rest away with drop_job(job_id).",
         )
-    if database is not None:
-        return Sizes(database, log or 0, journal or 0)
-    for suffix, there in zip(SIDECARS, (log, index, journal), strict=True):
-        if there is not None:
-            os.unlink(name + suffix)
+    return Sizes(database, log or 0, journal or 0)
+
+
+def clear_leftovers(path: Path) -> Sizes:
+    """Look; without a database, clear away what SQLite would take for a part of a new one."""
+    there = look(path)
+    if there.database is not None:
+        return there
+    for beside in sidecars(path):
+        beside.unlink(missing_ok=True)
     return Sizes(None, 0, 0)
 
 

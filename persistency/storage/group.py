@@ -304,7 +304,7 @@ def _adds(message: Any) -> int:
 
 def intent(group: Group) -> tuple[bool, bool, list[Barrier]]:
     """Return whether a group writes, whether it has a barrier that wants the medium, and its barriers."""
-    if len(group) == PLACES and type(group[1]) is Batch:  # a commit in place: one in three of its own microseconds
+    if len(group) == PLACES and type(group[1]) is Batch:  # a commit in place: the usual group
         return True, False, []
     categories = group[::PLACES]
     if None not in categories:

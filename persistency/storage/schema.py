@@ -38,7 +38,7 @@ import apsw
 from persistency.errors import Corrupt, DiskFull, Forked, SchemaTooNew, StorageError, Unavailable
 from persistency.logfields import about
 from persistency.storage import inherited
-from persistency.storage.files import Sizes, clear_leftovers, size
+from persistency.storage.files import Sizes, look, size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
 
 log: logging.Logger = logging.getLogger("persistency.storage")
@@ -173,7 +173,7 @@ def connect(
     Raises `Corrupt` for a file that isn't ours, `SchemaTooNew` for one from a newer release (both untouched), and
     the other storage errors for what the system refuses.
     """
-    there = clear_leftovers(path) if there is None else there
+    there = look(path) if there is None else there
     try:
         if there.journal:
             _look_first(path, vfs)
