@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from persistency.actor.reply import Reply, running_loop
+from persistency.actor.loops import running_loop
+from persistency.actor.reply import Reply
 from persistency.arguments import as_category, as_count, as_prefix_range
 from persistency.codec.keys import Key
 from persistency.errors import FeedTruncated, Misuse, Overloaded

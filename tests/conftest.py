@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from persistency import Persistency
+from tests.loops import in_loop
+
+__all__ = ["in_loop"]  # a fixture, for every test
 
 # A job in the background of a shell without job control is started with SIGINT ignored, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

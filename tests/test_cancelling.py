@@ -53,9 +53,9 @@ def careless_waking() -> Any:
 
     def wake(futures: list[Any]) -> None:
         for future in futures:
-            future.set_result(None)
+            future.set_result(True)
 
-    return mock.patch.object(settling, "_wake", wake)
+    return mock.patch.object(settling, "wake", wake)
 
 
 def miscounted() -> Any:

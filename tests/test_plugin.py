@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Run:
         (tmp_path / "conftest.py").write_text(conftest)
         path = os.pathsep.join(map(str, filter(None, (site, TREE))))
         # Beside whatever else is installed, except that one of them warns about its own settings.
-        fixed = ["-q", "-W", "error", "--strict-config", "--strict-markers", "-p", "no:cacheprovider"]
+        fixed = ["-q", "-W", "error", "--strict-config", "--strict-markers", "-pno:cacheprovider", "-pno:asyncio"]
         command = [sys.executable, "-m", "pytest", *fixed, f"--basetemp={tmp_path / 'base'}", *options]
         environment = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": ""}
         finished = subprocess.run(

@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 from persistency.actor.bounds import Bounds, Level, Poster, Queue, overloaded, standing
 from persistency.actor.door import Door, Refusal
-from persistency.actor.reply import FINISHED, Reply, running_loop
+from persistency.actor.loops import running_loop
+from persistency.actor.reply import FINISHED, Reply
 from persistency.actor.settling import cancel, pending, ready, settle_all
 from persistency.errors import PersistencyError, StorageError
 from persistency.storage.port import PLACES, GetRow, Group

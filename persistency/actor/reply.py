@@ -10,20 +10,19 @@ Rules:
   4. A failure nobody has looked at, when its reply is dropped, goes to the reply's `unseen` hook.
   5. A reply that was ready at once still gives the event loop a turn at least once a millisecond.
 
-Doesn't know: what is asked or answered, mailboxes, workers. The only door to `asyncio`, which it never imports
-itself: where no loop runs, nothing of it is needed.
+Doesn't know: what is asked or answered, mailboxes, workers, whose the event loops are.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
+from persistency.actor.loops import running_loop, sleep, turn
 from persistency.errors import Misuse
 from persistency.logfields import about
 
@@ -43,12 +42,6 @@ _LOOP_TURN_S = 0.001
 # Guards every change of a reply's state, and the making of its waiting apparatus. One for all: it is held for
 # microseconds, and once per group. Re-entrant, because signal handlers and `__del__` settle replies too.
 gate: threading.RLock = threading.RLock()
-
-
-def running_loop() -> Any | None:
-    """Return the event loop running in this thread, or `None`; costs a look-up where asyncio was never imported."""
-    events = sys.modules.get("asyncio.events")
-    return None if events is None else events._get_running_loop()
 
 
 class Line(Protocol):
@@ -180,6 +173,18 @@ class Reply(Future[T]):
                 return
         self._call(fn)
 
+    @classmethod
+    def of(cls, future: Future[T]) -> Reply[T]:
+        """Return a reply that is settled as a plain future is: something to await, in any loop.
+
+        Cancelling the reply, or giving up the last wait for it, cancels the future, if that can still be.
+        """
+        if not isinstance(future, Future):
+            raise Misuse(f"future must be a concurrent.futures.Future, not {type(future).__name__}")
+        return cls._adopt(future)
+
+    _adopt: ClassVar[Callable[[Future[Any]], Reply[Any]]]  # given by `actor.settling`, which knows how one is settled
+
     def map(self, fn: Callable[[T], U]) -> Reply[U]:
         """Return a reply of `fn(answer)`; `fn` runs once, in the thread that takes the result."""
         if not callable(fn):
@@ -190,7 +195,7 @@ class Reply(Future[T]):
         if self._state == PENDING:
             yield from self._wait_in_loop()
         elif monotonic() - _turns.at > _LOOP_TURN_S:
-            yield  # a bare yield is a turn for the loop
+            yield from turn()
             _turns.at = monotonic()
         return self.result()
 
@@ -254,7 +259,7 @@ class Reply(Future[T]):
     def _wait_in_loop(self, timeout: float | None = None) -> Generator[Any, None, None]:
         loop = running_loop()
         if loop is None:
-            raise Misuse("a reply is awaited outside an asyncio event loop: use reply.result()")
+            raise Misuse("a reply is awaited outside of any event loop (asyncio or trio): use reply.result()")
         if self._is_abandoned():
             return
         future = loop.create_future()
@@ -262,15 +267,14 @@ class Reply(Future[T]):
             if self._state != PENDING:
                 return
             self._loops = [*(self._loops or ()), (loop, future)]
-        alarm = None if timeout is None else loop.call_later(timeout, _expire, future, timeout)
         try:
-            yield from future
+            yield from sleep(loop, future, timeout)
+        except TimeoutError:
+            self._give_up(future)
+            raise TimeoutError(f"no answer within {timeout} s; the request goes on") from None
         except BaseException:
             self._give_up(future)
             raise
-        finally:
-            if alarm is not None:
-                alarm.cancel()
 
     def _give_up(self, future: Any) -> None:
         """Stop waiting; with nobody else left who wants it, a read that hasn't started needn't be run."""
@@ -330,11 +334,6 @@ class _Wait:
 
     def __await__(self) -> Generator[Any, None, None]:
         yield from self._reply._wait_in_loop(self._timeout)
-
-
-def _expire(future: Any, timeout: float) -> None:
-    if not future.done():
-        future.set_exception(TimeoutError(f"no answer within {timeout} s; the request goes on"))
 
 
 class _Mapped(Reply[U], Generic[T, U]):

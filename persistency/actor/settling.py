@@ -11,11 +11,15 @@ Doesn't know: what is asked or answered.
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+from persistency.actor.loops import wake
 from persistency.actor.reply import CANCELLED, FINISHED, PENDING, Line, Reply, Unseen, gate
+from persistency.errors import Forked
 from persistency.logfields import about
 
 log: logging.Logger = logging.getLogger("persistency.actor")
@@ -149,7 +153,7 @@ class _Telling:
             del self._awaited[reply]
         for loop, futures in self._loops.items():  # a second time, if it must be, does no harm
             try:
-                loop.call_soon_threadsafe(_wake, futures)
+                loop.call_soon_threadsafe(wake, futures)
             except RuntimeError:  # The loop was closed under its waiters; there is nobody left to tell.
                 fields = about("replies_too_late", replies=len(futures))
                 log.debug("%d replies came after their event loop was closed", len(futures), extra=fields)
@@ -189,7 +193,39 @@ class _Telling:
         reply._line = None
 
 
-def _wake(futures: list[Any]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
+class _Elsewhere:
+    """The line of a reply that somebody's plain future answers."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+        self._pid = os.getpid()
+
+    @property
+    def abandoned(self) -> BaseException | None:
+        """Say that whoever would answer isn't there in a forked child."""
+        return None if os.getpid() == self._pid else Forked("this reply waits for a future of the parent process")
+
+    def withdraw(self, _reply: Reply[Any], /) -> bool:
+        """Cancel the future."""
+        return self._future.cancel()
+
+    def waits_for_itself(self) -> bool:
+        """Say nothing about who answers: it isn't known here."""
+        return False
+
+
+def _adopt(future: Future[Any]) -> Reply[Any]:
+    reply = pending(_Elsewhere(future), reads=True)
+
+    def take_over(future: Future[Any]) -> None:
+        if future.cancelled():
+            cancel(reply)
+        else:
+            error = future.exception()
+            settle_all([(reply, None if error is not None else future.result(), error)])
+
+    future.add_done_callback(take_over)
+    return reply
+
+
+Reply._adopt = staticmethod(_adopt)
