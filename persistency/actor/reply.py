@@ -177,7 +177,8 @@ class Reply(Future[T]):
     def of(cls, future: Future[T]) -> Reply[T]:
         """Return a reply that is settled as a plain future is: something to await, in any loop.
 
-        Cancelling the reply, or giving up the last wait for it, cancels the future, if that can still be.
+        Cancelling the reply, or giving up the last wait for it, cancels the future, if that can still be. A failure is
+        logged if the reply is dropped with nobody having looked.
         """
         if not isinstance(future, Future):
             raise Misuse(f"future must be a concurrent.futures.Future, not {type(future).__name__}")

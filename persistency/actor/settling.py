@@ -222,10 +222,16 @@ def _adopt(future: Future[Any]) -> Reply[Any]:
             cancel(reply)
         else:
             error = future.exception()
+            if error is not None:
+                tell_if_unseen(reply, error, _log_unseen)
             settle_all([(reply, None if error is not None else future.result(), error)])
 
     future.add_done_callback(take_over)
     return reply
+
+
+def _log_unseen(error: BaseException) -> None:
+    log.error("what nobody looked at failed: %s", error, exc_info=error, extra=about("reply_unseen", None, error))
 
 
 Reply._adopt = staticmethod(_adopt)
