@@ -30,9 +30,10 @@ from persistency.options import JobOptions
 PUBLIC = {name: getattr(persistency, name) for name in persistency.__all__}
 # Nobody but the engine makes these: how it does is none of a reader's business.
 MADE_BY_THE_ENGINE = frozenset(
-    ["Job", "Reader", "Reply", "Transaction", "CategoryMapping", "Collection", "MergePool", "Pages", "Decoded"]
+    ["Job", "Reader", "Reply", "Transaction", "CategoryMapping", "Collection", "MergePool", "Pages", "Decoded", "Grant"]
+    + ["DeadLetter", "KeptAlive", "Message"]
 )
-_OPTION = re.compile(r"[a-z_]+(?:, [a-z_]+)*: ")
+_OPTION = re.compile(r"(?:[a-z_]+|[A-Z_]{2,})(?:, (?:[a-z_]+|[A-Z_]{2,}))*: ")
 _NAME = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))?")
 _NOT_GIVEN = re.compile(r"(\w+): ([^=]*?) = <default>")
 _ALIAS = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
@@ -196,7 +197,7 @@ def _in_python(name: str) -> str | None:
         return None if page is None else f"{page}.html#{name}"
     name = _BARE.get(name, re.sub(r"\._\w+\.", ".", name))
     module = name.rpartition(".")[0]
-    if module in {"collections.abc", "concurrent.futures", "datetime", "os", "pathlib", "typing"}:
+    if module in {"collections.abc", "concurrent.futures", "contextlib", "datetime", "os", "pathlib", "typing"}:
         return f"{module}.html#{name}"
     return None
 

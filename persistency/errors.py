@@ -104,7 +104,7 @@ class QuotaExceeded(PersistencyError):
 class Overloaded(PersistencyError):
     """The job's mailbox is full. The operation wasn't accepted."""
 
-    hint = "Slow down: `await job.drain()` under asyncio, or post from a thread that may wait (on_full='block')."
+    hint = "Slow down: `await job.drain()` in an event loop, or post from a thread that may wait (on_full='block')."
     retryable = True
 
 
@@ -163,7 +163,7 @@ class Poisoned(PersistencyError):
 class JobLocked(PersistencyError):
     """Another process owns the job. `pid` is its process id, or `None` if it can't be told."""
 
-    hint = "Use the job through the process that owns it, or stop that process."
+    hint = "Use the job through the process that owns it, stop that process, or share it by a Baton (persistency.recipes)."
     retryable = True
 
     def __init__(self, message: str, pid: int | None = None, *, hint: str | None = None) -> None:

@@ -20,6 +20,12 @@
     memory   a million operations by every kind of producer, written or failing, each within its limit
     large    a million rows that end are gone from the file beside puts, in bounded slices; `storage_used` of a million
              rows costs what it costs at ten
+    queue    5 N messages (5,000) through one queue by 16 consumers, as processes and threads, N // 10 of them killed:
+             nothing is lost, and nothing acknowledged comes again
+    lock     11 N rounds (11,000) for one lock, between processes and between threads, whose holders are killed and
+             paused: never two inside, tokens grow, who has lost it is refused
+    log      records appended and consumed by processes that are killed: no hole, none lost, none done twice
+    migration  100,000 items each from a diskcache directory and a sqlitedict file, compared one by one
 
 Without a PART all of them are run. `--seconds` ends each part after that time, if that comes first. A part whose tools
 aren't installed is reported, and the others are run. The exit code is 1 if anything is off.
@@ -52,6 +58,10 @@ PARTS = {
     "machine": "machines",
     "memory": "memory",
     "large": "large",
+    "queue": "queues",
+    "lock": "locks",
+    "log": "logs",
+    "migration": "migrations",
 }
 
 TABLE_WIDTH = 170
