@@ -94,9 +94,22 @@ class Decoded(Generic[M_co]):
     def __iter__(self) -> Iterator[M_co]:
         return map(self._make, self._pages)
 
-    async def __aiter__(self) -> AsyncIterator[M_co]:
-        async for row in self._pages:
-            yield self._make(row)
+    def __aiter__(self) -> AsyncIterator[M_co]:
+        return _DecodedWalk(aiter(self._pages), self._make)
+
+
+class _DecodedWalk(Generic[M_co]):
+    """One `async for` over rows that are decoded. No generator: one that is left in the middle holds nothing."""
+
+    def __init__(self, rows: AsyncIterator[Any], make: Callable[[Any], M_co]) -> None:
+        self._rows = rows
+        self._make = make
+
+    def __aiter__(self) -> AsyncIterator[M_co]:
+        return self
+
+    async def __anext__(self) -> M_co:
+        return self._make(await anext(self._rows))
 
 
 class Coding(Generic[T]):

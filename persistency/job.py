@@ -173,7 +173,7 @@ class Job(Reads):
         coroutine functions are refused; keyword arguments go into a `functools.partial`. A plain thread that finds the
         job idle runs `fn` itself, before this returns: a timeout for the reply begins after that.
         """
-        message = program(fn, args, self._now_ms, self._mailbox)
+        message = program(fn, args, self.id, self._now_ms, self._mailbox)
         return self._mailbox.write(message, 1, messages.argument_bytes(args))
 
     def _write(self, message: Any) -> Reply[Any]:

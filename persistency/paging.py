@@ -59,17 +59,8 @@ class Pages(Generic[T]):
                 yield self._make(key, payload)
             span = self._behind(span, rows)
 
-    async def __aiter__(self) -> AsyncIterator[T]:
-        span: tuple[bytes, bytes | None] | None = self._span
-        while span is not None:
-            try:
-                rows = await self._ask(*span, self._page)
-            except Overloaded:
-                await self._drain()
-                continue
-            for key, payload in rows:
-                yield self._make(key, payload)
-            span = self._behind(span, rows)
+    def __aiter__(self) -> AsyncIterator[T]:
+        return _Walk(self)
 
     def _behind(
         self, span: tuple[bytes, bytes | None], rows: list[tuple[bytes, bytes]]
@@ -83,3 +74,36 @@ class Pages(Generic[T]):
             raise Corrupt("rows are out of order", hint="Restore the job from a backup.")
         # The smallest key greater than `last` is `last` and a zero byte; the stop is not included anyway.
         return (span[0], last) if self._reverse else (last + b"\0", span[1])
+
+
+class _Walk(Generic[T]):
+    """One `async for` over rows. No generator: there is nothing to clean up where one is left in the middle."""
+
+    def __init__(self, pages: Pages[T]) -> None:
+        self._pages = pages
+        self._span: tuple[bytes, bytes | None] | None = pages._span
+        self._rows: list[tuple[bytes, bytes]] | None = None  # the present page
+        self._left: Iterator[tuple[bytes, bytes]] = iter(())  # what of it is still to be given
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        for key, payload in self._left:
+            return self._pages._make(key, payload)
+        while await self._turn_over():
+            for key, payload in self._left:
+                return self._pages._make(key, payload)
+        raise StopAsyncIteration
+
+    async def _turn_over(self) -> bool:
+        """Get the next page; return whether there is one."""
+        if self._rows is not None and self._span is not None:
+            self._span, self._rows = self._pages._behind(self._span, self._rows), None
+        while self._rows is None and self._span is not None:
+            try:
+                self._rows = await self._pages._ask(*self._span, self._pages._page)
+            except Overloaded:
+                await self._pages._drain()
+        self._left = iter(self._rows or ())
+        return self._rows is not None

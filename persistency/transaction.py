@@ -45,12 +45,18 @@ _EVERYTHING = KeyRange()
 class Transaction:
     """The rows of a job as one function sees them. Made by `Job.run`, and of no use outside of its function."""
 
-    __slots__ = ("_now_ms", "_thread", "_within")
+    __slots__ = ("_job_id", "_now_ms", "_thread", "_within")
 
-    def __init__(self, within: Within, now_ms: Callable[[], int]) -> None:
+    def __init__(self, within: Within, job_id: str, now_ms: Callable[[], int]) -> None:
         self._within: Within | None = within
+        self._job_id = job_id
         self._now_ms = now_ms
         self._thread = get_ident()
+
+    @property
+    def job_id(self) -> str:
+        """The id of the job whose rows these are."""
+        return self._job_id
 
     @property
     def now_ms(self) -> int:
@@ -131,7 +137,7 @@ class Transaction:
 
     def run(self, fn: Callable[[Transaction, *Ts], T], *args: *Ts) -> T:
         """Call `fn(tx, *args)` as a part of its own: if it raises, only what it wrote is undone."""
-        return self._do(program(fn, args, self._now_ms, None))  # type: ignore[no-any-return]  # what fn returns
+        return self._do(program(fn, args, self._job_id, self._now_ms, None))  # type: ignore[no-any-return]  # what fn returns
 
     # -- reads ---------------------------------------------------------------------------------------------------
 
@@ -250,7 +256,9 @@ class Transaction:
         return self._do(UsedBytes())  # type: ignore[no-any-return]  # a number of bytes
 
 
-def program(fn: Callable[..., Any], args: tuple[Any, ...], now_ms: Callable[[], int], mailbox: Mailbox | None) -> Run:
+def program(
+    fn: Callable[..., Any], args: tuple[Any, ...], job_id: str, now_ms: Callable[[], int], mailbox: Mailbox | None
+) -> Run:
     """Return the message that has `fn(tx, *args)` called; `mailbox` is told who is inside, so that nobody waits there.
 
     Raises `Misuse` for what isn't a plain function.
@@ -258,7 +266,7 @@ def program(fn: Callable[..., Any], args: tuple[Any, ...], now_ms: Callable[[], 
     fn = as_function(fn)
 
     def call(within: Within) -> Any:
-        transaction = Transaction(within, now_ms)
+        transaction = Transaction(within, job_id, now_ms)
         try:
             if mailbox is not None:
                 mailbox.inside = get_ident()

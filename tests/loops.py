@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import anyio
 import anyio.abc
@@ -18,6 +18,9 @@ import pytest
 import trio
 
 T = TypeVar("T")
+
+# A reply, a coroutine, or what gives one when it is called.
+Wanted: TypeAlias = "Awaitable[T] | Callable[[], Awaitable[T]]"
 
 WAIT = 30.0  # seconds a test waits for what must come
 
@@ -65,6 +68,10 @@ async def in_thread(fn: Callable[..., T], *args: Any) -> T:
     return await anyio.to_thread.run_sync(partial(fn, *args), abandon_on_cancel=True)
 
 
+def _begun(wanted: Wanted[T]) -> Awaitable[T]:
+    return wanted() if callable(wanted) else wanted
+
+
 async def turns(count: int = 1) -> None:
     """Let every task that can run do so, so many times."""
     for _ in range(2 * count):  # trio runs those of one turn in any order, this task perhaps first
@@ -76,25 +83,25 @@ async def gather(items: AsyncIterable[T]) -> list[T]:
     return [item async for item in items]
 
 
-async def together(*fns: Callable[[], Awaitable[T]]) -> list[T]:
-    """Run functions that give something to await at once; what came, in their order. The first error ends the others.
+async def together(*wanted: Wanted[T]) -> list[T]:
+    """Await many things at once; what came of them, in their order. The first error ends the others.
 
     It is raised as it is, not in a group; for one that comes beside others, the group is.
     """
     found: dict[int, T] = {}
 
-    async def one(index: int, fn: Callable[[], Awaitable[T]]) -> None:
-        found[index] = await fn()
+    async def one(index: int, what: Wanted[T]) -> None:
+        found[index] = await _begun(what)
 
     try:
         async with anyio.create_task_group() as group:
-            for index, fn in enumerate(fns):
-                group.start_soon(one, index, fn)
+            for index, what in enumerate(wanted):
+                group.start_soon(one, index, what)
     except ExceptionGroup as errors:
         if len(errors.exceptions) > 1:
             raise
         raise errors.exceptions[0] from None
-    return [found[index] for index in range(len(fns))]
+    return [found[index] for index in range(len(wanted))]
 
 
 class GivenUp(Exception):
@@ -102,22 +109,22 @@ class GivenUp(Exception):
 
 
 class Task(Generic[T]):
-    """What a function gives, awaited beside in a task of a group: to be cancelled alone, or awaited for its outcome."""
+    """Something awaited beside, in a task of a group: to be cancelled alone, or awaited for its outcome."""
 
-    def __init__(self, group: anyio.abc.TaskGroup, fn: Callable[..., Awaitable[T]], *args: Any) -> None:
+    def __init__(self, group: anyio.abc.TaskGroup, wanted: Wanted[T]) -> None:
         self.begun: bool = False
         self.error: BaseException | None = None
         self._ended = anyio.Event()
         self._scope = anyio.CancelScope()
         self._found: list[T] = []
-        group.start_soon(self._run, fn, args)
+        group.start_soon(self._run, wanted)
 
-    async def _run(self, fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> None:
+    async def _run(self, wanted: Wanted[T]) -> None:
         try:
             with self._scope:
                 self.begun = True
                 try:
-                    self._found.append(await fn(*args))
+                    self._found.append(await _begun(wanted))
                 except Exception as error:  # it belongs to whoever awaits the task
                     self.error = error
         finally:

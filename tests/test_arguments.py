@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import mmap
 import os
@@ -47,6 +46,7 @@ from persistency import (
     WriteFailed,
     key,
 )
+from tests.loops import LOOPS, InLoop
 
 WAIT = 20.0
 KEY_BYTES_MAX = 8192
@@ -356,8 +356,8 @@ def test_a_wrong_argument_is_refused_at_the_call(
     assert_refused(job, lambda: call(job, value), argument, got, instead)
 
 
-def test_a_wrong_argument_is_refused_in_the_callers_thread_of_an_event_loop(job: Job) -> None:
-    """Under asyncio, too, the call itself raises, not the awaiting of its reply."""
+def test_a_wrong_argument_is_refused_in_the_callers_thread_of_an_event_loop(job: Job, in_loop: InLoop) -> None:
+    """In an event loop, too, the call itself raises, not the awaiting of its reply."""
 
     async def main() -> None:
         anything: Any = job
@@ -365,7 +365,7 @@ def test_a_wrong_argument_is_refused_in_the_callers_thread_of_an_event_loop(job:
         assert_told(pytest.raises(Misuse, anything.commit, 5).value, "ops", "int", "pass")
         assert_told(pytest.raises(Misuse, anything.put, "", ("k",), b"").value, "category", "0", "1 to 255")
 
-    asyncio.run(main())
+    in_loop(main)
     assert job.statistics().accepted == 0
 
 
@@ -442,7 +442,7 @@ def test_names_of_255_bytes_are_taken() -> None:
 
 @pytest.mark.parametrize("huge", [2**31, 2**63 - 1, 2**63, 2**200])
 @pytest.mark.parametrize("memory", [True, False])
-def test_a_limit_larger_than_any_table_is_no_limit(tmp_path: Path, memory: bool, huge: int) -> None:
+def test_a_limit_larger_than_any_table_is_no_limit(tmp_path: Path, memory: bool, huge: int, in_loop: InLoop) -> None:
     """A limit, a page or a version of any size is a whole number like others, in a thread and in a loop."""
     with Persistency(":memory:" if memory else tmp_path) as persistency, persistency.open_job() as job:
         job.put("c", ("k",), b"1")
@@ -455,7 +455,7 @@ def test_a_limit_larger_than_any_table_is_no_limit(tmp_path: Path, memory: bool,
         async def main() -> int:
             return len(await job.scan("c", limit=huge)) + len([row async for row in job.iterate("c", page=huge)])
 
-        assert asyncio.run(main()) == 2
+        assert in_loop(main) == 2
 
 
 @pytest.mark.parametrize("post", ["persist", "commit"])
@@ -508,7 +508,10 @@ def test_a_generator_of_ops_that_raises_posts_nothing(tmp_path: Path, post: str,
         lambda _job: Check("c", (), None, nonsense=1),  # type: ignore[call-arg]
         lambda _job: Persistency(":memory:", nonsense=1),  # type: ignore[call-arg]
         lambda _job: Persistency(":memory:").open_job("a", nonsense=1),  # type: ignore[call-arg]
-        lambda _job: asyncio.run(Persistency(":memory:").aopen_job("a", nonsense=1)),
+        *(
+            lambda _job, run=run: run(Persistency(":memory:").aopen_job, "a", nonsense=1)  # type: ignore[misc]
+            for run in LOOPS.values()
+        ),
     ],
 )
 def test_an_unknown_keyword_is_pythons_own_type_error(job: Job, call: Callable[[Any], object]) -> None:
@@ -674,7 +677,7 @@ def fresh(tmp_path: Path) -> Iterator[Persistency]:
 
 @pytest.mark.parametrize(("option", "value", "got", "instead"), OPTION_ROWS)
 def test_a_wrong_option_of_a_job_is_refused(
-    fresh: Persistency, option: str, value: Any, got: str, instead: str
+    fresh: Persistency, option: str, value: Any, got: str, instead: str, in_loop: InLoop
 ) -> None:
     """An option of `open_job` is checked at the call: no file and no thread comes of it."""
     assert_told(pytest.raises(Misuse, fresh.open_job, "a", **{option: value}).value, option, got, instead)
@@ -684,16 +687,18 @@ def test_a_wrong_option_of_a_job_is_refused(
             await fresh.aopen_job("a", **{option: value})
         assert_told(caught.value, option, got, instead)
 
-    asyncio.run(main())
+    in_loop(main)
 
 
 ID_VERBS: dict[str, Callable[[Persistency, Any], object]] = {
     "open_job": lambda persistency, value: persistency.open_job(value),
-    "aopen_job": lambda persistency, value: asyncio.run(persistency.aopen_job(value)),
+    "aopen_job": lambda persistency, value: LOOPS["asyncio"](persistency.aopen_job, value),
+    "aopen_job under trio": lambda persistency, value: LOOPS["trio"](persistency.aopen_job, value),
     "job": lambda persistency, value: persistency.job(value),
     "[]": lambda persistency, value: persistency[value],
     "drop_job": lambda persistency, value: persistency.drop_job(value),
-    "adrop_job": lambda persistency, value: asyncio.run(persistency.adrop_job(value)),
+    "adrop_job": lambda persistency, value: LOOPS["asyncio"](persistency.adrop_job, value),
+    "adrop_job under trio": lambda persistency, value: LOOPS["trio"](persistency.adrop_job, value),
     "close_job": lambda persistency, value: persistency.close_job(value),
     "has_job": lambda persistency, value: persistency.has_job(value),
 }

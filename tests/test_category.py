@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
+import anyio
 import msgspec
 import pydantic
 import pytest
@@ -39,6 +40,7 @@ from persistency.category import Category
 from persistency.codec.objects import CBOR, RAW, same, typed
 from persistency.codec.values import encode
 from persistency.coding import CategoryEntry, CategoryRow
+from tests.loops import LOOPS, InLoop, bounded, gather
 
 WAIT = 20.0  # seconds a test waits for what must come
 START = 1_700_000_000.0  # the Unix time at which the clock of a test begins
@@ -102,31 +104,19 @@ def plain(job: Job) -> Category[Any]:
     return Category(job, "plain")
 
 
-@pytest.fixture(params=["thread", "loop"])
-def ask(request: pytest.FixtureRequest) -> Iterator[Ask]:
-    """Give both ways of getting an answer: waiting in a thread, and awaiting in an event loop."""
+@pytest.fixture(params=["thread", *LOOPS])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """Give the ways of getting an answer: waiting in a thread, and awaiting in each event loop."""
     if request.param == "thread":
-        yield lambda request: request().result(WAIT)
-        return
-    with asyncio.Runner() as runner:
-
-        async def answer(request: Callable[[], Reply[Any]]) -> Any:
-            return await asyncio.wait_for(_awaited(request()), WAIT)
-
-        yield lambda request: runner.run(answer(request))
-
-
-async def _awaited(reply: Awaitable[T]) -> T:
-    return await reply
+        return lambda request: request().result(WAIT)
+    return partial(LOOPS[request.param], bounded)
 
 
 def drained(walk: Any) -> list[Any]:
-    """Return what a walk gives to `async for`."""
-
-    async def main() -> list[Any]:
-        return [one async for one in walk]
-
-    return asyncio.run(asyncio.wait_for(main(), WAIT))
+    """Return what a walk gives to `async for`, which is the same in each event loop."""
+    found = [run(bounded, gather, walk) for run in LOOPS.values()]
+    assert found[1:] == found[:1] * 2
+    return found[0]
 
 
 # -- verbs ------------------------------------------------------------------------------------------------------------
@@ -749,7 +739,7 @@ def test_a_list_can_be_written_to_while_it_is_read(plain: Category[Any]) -> None
     }
 
 
-def test_writing_while_listing_works_under_an_event_loop(plain: Category[Any]) -> None:
+def test_writing_while_listing_works_under_an_event_loop(plain: Category[Any], in_loop: InLoop) -> None:
     """S2-48, S2-50: an `async for` in one task, swaps in another, both on one loop."""
     for number in range(200):
         plain.put(("k", number), 0)
@@ -759,12 +749,11 @@ def test_writing_while_listing_works_under_an_event_loop(plain: Category[Any]) -
             for number in range(200):
                 assert await plain.compare_and_set(("k", number), 0, 1)
 
-        task = asyncio.create_task(touch_all())
-        keys = [k async for k, _ in plain.list(("k",), page=9)]
-        await task
-        return keys
+        async with anyio.create_task_group() as group:
+            group.start_soon(touch_all)
+            return [k async for k, _ in plain.list(("k",), page=9)]
 
-    assert asyncio.run(asyncio.wait_for(main(), WAIT)) == [("k", number) for number in range(200)]
+    assert in_loop(bounded, main) == [("k", number) for number in range(200)]
     assert {value for _, value in plain.list()} == {1}
 
 

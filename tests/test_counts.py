@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+import trio
 
 from persistency import Job, Persistency, Put, key
 from persistency.actor.sleeper import Sleeper
@@ -20,6 +22,7 @@ from persistency.actor.turns import Turns
 from persistency.storage.port import Barrier
 from persistency.storage.sqlite import SqliteStore
 from persistency.transaction import program
+from tests.loops import InLoop, Task, in_thread, turns
 from tests.soak.lives import Quiet
 from tests.test_durability import Disk, Steady, on
 from tests.test_engine import WAIT
@@ -46,6 +49,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(Turns, "decide", "groups")
     count(SqliteStore, "apply", "applied")
     count(asyncio.BaseEventLoop, "call_soon_threadsafe", "loop wake-ups")
+    count(trio.lowlevel.TrioToken, "run_sync_soon", "loop wake-ups")
     return counted
 
 
@@ -137,7 +141,7 @@ def test_requests_of_a_thread_to_an_idle_job_need_no_other_thread(
     assert counts["groups"] <= 2
 
 
-def test_point_reads_under_a_loop_wake_no_loop(job: Job, quiet: Quiet, counts: Counter[str]) -> None:
+def test_point_reads_under_a_loop_wake_no_loop(job: Job, quiet: Quiet, counts: Counter[str], in_loop: InLoop) -> None:
     """1,000 point reads that are awaited at an idle job: answered in place, with neither thread nor loop woken."""
     quiet.wait(job)
 
@@ -147,36 +151,28 @@ def test_point_reads_under_a_loop_wake_no_loop(job: Job, quiet: Quiet, counts: C
             assert await job.get("c", k) == b"x"
         assert counts["loop wake-ups"] == counts["rings"] == counts["groups"] == 0
 
-    asyncio.run(read())
+    in_loop(read)
 
 
-def test_one_group_of_replies_wakes_a_loop_once(job: Job, counts: Counter[str]) -> None:
+def test_one_group_of_replies_wakes_a_loop_once(job: Job, counts: Counter[str], in_loop: InLoop) -> None:
     """1,000 commits of as many tasks that come in one group: one transaction, and one wake-up for all of them."""
 
     async def commit() -> None:
-        hold = await asyncio.to_thread(Hold, job)
-
-        async def one(k: Any) -> int:
-            version: int = await job.commit(Put("c", k, b"y"))
-            return version
-
-        tasks = [asyncio.create_task(one(k)) for k in KEYS]
-        while not all(reply_is_awaited(task) for task in tasks):
-            await asyncio.sleep(0)
-        counts.clear()
-        hold._released.set()
-        versions = await asyncio.gather(*tasks)
+        hold = await in_thread(Hold, job)
+        replies = [job.commit(Put("c", k, b"y")) for k in KEYS]
+        async with anyio.create_task_group() as group:
+            tasks = [Task(group, reply) for reply in replies]
+            while not all(reply._loops for reply in replies):
+                await turns()
+            counts.clear()
+            hold._released.set()
+            versions = [await task for task in tasks]
         assert counts["loop wake-ups"] <= 2
         assert counts["groups"] <= 2
         assert len(set(versions)) == OPERATIONS
         hold.release()
 
-    asyncio.run(commit())
-
-
-def reply_is_awaited(task: asyncio.Task[Any]) -> bool:
-    """Say whether a task has come to where it waits for its reply."""
-    return task._fut_waiter is not None  # type: ignore[attr-defined]  # asyncio's own mark of it
+    in_loop(commit)
 
 
 @pytest.mark.parametrize(("durability", "syncs"), [("process", 0), ("power", OPERATIONS)])

@@ -6,7 +6,6 @@ survives a power cut is shown in `tests/test_power.py`, what survives a kill in 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import logging
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from persistency.storage import schema, sqlite, wal
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import StoreOptions
 from persistency.storage.wal import WriteAheadLog
+from tests.loops import LOOPS, InLoop
 from tests.soak.lives import Quiet
 from tests.storage.conftest import FaultyDisk, run_child
 from tests.test_engine import WAIT, in_thread
@@ -130,13 +131,9 @@ def post(job: Job, number: int) -> None:
     job._mailbox.ask(wait_barrier(), reads=False, free=True).result(WAIT)
 
 
-def commit_in_task(job: Job, number: int) -> None:
+def commit_in_task(job: Job, number: int, *, loop: str = "asyncio") -> None:
     """Commit under an event loop."""
-
-    async def main() -> None:
-        await job.commit([Put("c", (number,), b"x")])
-
-    asyncio.run(main())
+    LOOPS[loop](job.commit, [Put("c", (number,), b"x")])
 
 
 def wait_barrier() -> Any:
@@ -146,7 +143,12 @@ def wait_barrier() -> Any:
     return Barrier()
 
 
-WAYS = {"in place": commit_in_place, "posted": post, "in a task": commit_in_task}
+WAYS = {
+    "in place": commit_in_place,
+    "posted": post,
+    "in a task": commit_in_task,
+    "in a task of trio": partial(commit_in_task, loop="trio"),
+}
 
 
 def interval_findings(root: Path, disk: Disk, time: Steady, quiet: Quiet, way: str) -> list[str]:
@@ -272,7 +274,7 @@ def test_with_power_every_commit_is_synced_before_it_is_answered(root: Path, dis
 
 
 @pytest.mark.parametrize("durability", ["process", "power"])
-def test_a_flush_with_sync_is_one_sync(root: Path, disk: Disk, durability: Any) -> None:
+def test_a_flush_with_sync_is_one_sync(root: Path, disk: Disk, durability: Any, in_loop: InLoop) -> None:
     """Promise 5: `flush(sync=True)`: exactly one, however much was posted; answered when it is done."""
     with on(disk, root) as persistency:
         job = persistency.open_job("a", durability=durability, sync_interval=None)
@@ -286,7 +288,7 @@ def test_a_flush_with_sync_is_one_sync(root: Path, disk: Disk, durability: Any) 
                     job.put("c", (number,), b"y")
                 await job.flush(sync=True)  # stands behind them: one group
 
-            asyncio.run(main())
+            in_loop(main)
             assert disk.syncs() == (1 if durability == "process" else disk.syncs())
             assert disk.syncs() >= 1
         if durability == "process":
@@ -803,16 +805,9 @@ def linked(path: Path) -> None:
 MOVES = (unlinked, renamed, replaced, swapped, linked)
 
 
-def ask_in_task(ask: Callable[[Job], Any]) -> Callable[[Job], Any]:
+def ask_in_task(ask: Callable[[Job], Any], loop: str = "asyncio") -> Callable[[Job], Any]:
     """Have a request made under an event loop."""
-
-    def asked(job: Job) -> Any:
-        async def main() -> Any:
-            return await ask(job)
-
-        return asyncio.run(main())
-
-    return asked
+    return lambda job: LOOPS[loop](ask, job)
 
 
 def put_and_flush(job: Job) -> Any:
@@ -829,6 +824,7 @@ VERBS: dict[str, Callable[[Job], Any]] = {
     "run": lambda job: job.run(lambda tx: tx.put("c", ("new",), b"new")).result(WAIT),
     "commit in a task": ask_in_task(lambda job: job.commit([Put("c", ("new",), b"new")])),
     "flush in a task": ask_in_task(lambda job: job.flush()),
+    "commit in a task of trio": ask_in_task(lambda job: job.commit([Put("c", ("new",), b"new")]), "trio"),
 }
 
 

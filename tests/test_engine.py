@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
@@ -19,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
+import anyio
 import pytest
 
 from persistency import (
@@ -45,6 +45,7 @@ from persistency.storage.directory import DirectoryRoot
 from persistency.storage.memory import MemoryStore
 from persistency.storage.port import PLACES
 from persistency.storage.sqlite import SqliteStore
+from tests.loops import LOOPS, InLoop, Task, turns
 
 WAIT = 20.0  # seconds a test waits for what must come
 NEVER = Check("c", ("never",), 10**6)  # a check that fails
@@ -247,12 +248,12 @@ def test_a_root_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # -- opening ------------------------------------------------------------------------------------------------------
 
 
-def test_opening_an_open_job_gives_the_same_handle(persistency: Persistency) -> None:
-    """S3-26: `open_job` is idempotent, also under asyncio and with options that don't differ."""
+def test_opening_an_open_job_gives_the_same_handle(persistency: Persistency, in_loop: InLoop) -> None:
+    """S3-26: `open_job` is idempotent, also in event loops and with options that don't differ."""
     job = persistency.open_job("a", mailbox_ops_max=10, durability="power", full_timeout=60)
     assert persistency.open_job("a") is job
     assert persistency.open_job("a", mailbox_ops_max=10, durability="power", full_timeout=60.0) is job
-    assert asyncio.run(persistency.aopen_job("a", mailbox_ops_max=10)) is job
+    assert in_loop(persistency.aopen_job, "a", mailbox_ops_max=10) is job
     assert persistency.open_job("b") is not job
     job.close(WAIT)
     again = persistency.open_job("a")
@@ -261,7 +262,7 @@ def test_opening_an_open_job_gives_the_same_handle(persistency: Persistency) -> 
     assert job.closed
 
 
-def test_options_that_differ_are_named(persistency: Persistency) -> None:
+def test_options_that_differ_are_named(persistency: Persistency, in_loop: InLoop) -> None:
     """Options given that differ from the open job's are `Misuse` and named; the job stays as it is."""
 
     def on_error(_job_id: str, _failures: Any) -> None:
@@ -279,15 +280,15 @@ def test_options_that_differ_are_named(persistency: Persistency) -> None:
         assert "'a'" in str(caught.value)
         assert sum(other in str(caught.value) for other in differing) == 1
     with pytest.raises(Misuse, match=r"durability.*requests_max"):
-        asyncio.run(persistency.aopen_job("a", requests_max=1, durability="power"))
+        in_loop(persistency.aopen_job, "a", requests_max=1, durability="power")
     assert persistency.open_job("a", mailbox_ops_max=10) is job
     job.close(WAIT)
     persistency.open_job("a", **differing)
 
 
-def test_a_job_without_an_id_gets_a_fresh_one(persistency: Persistency) -> None:
+def test_a_job_without_an_id_gets_a_fresh_one(persistency: Persistency, in_loop: InLoop) -> None:
     """No id: 24 hex digits that nobody can guess, another one each time, that opens the same job later."""
-    jobs = [persistency.open_job() for _ in range(5)] + [asyncio.run(persistency.aopen_job())]
+    jobs = [persistency.open_job() for _ in range(5)] + [in_loop(persistency.aopen_job)]
     ids = [job.id for job in jobs]
     assert len(set(ids)) == len(ids)
     assert all(len(job_id) == 24 and set(job_id) <= set("0123456789abcdef") for job_id in ids)
@@ -321,19 +322,20 @@ def test_opening_is_single_flight(persistency: Persistency, monkeypatch: pytest.
 
 
 def test_opening_is_single_flight_for_tasks_too(
-    persistency: Persistency, monkeypatch: pytest.MonkeyPatch, gate: Gate
+    persistency: Persistency, monkeypatch: pytest.MonkeyPatch, gate: Gate, in_loop: InLoop
 ) -> None:
     """S3-46: many tasks open one job without blocking their loop, and get the same handle of one opening."""
     openings(monkeypatch, lambda _job_id: gate())
 
     async def main() -> None:
-        tasks = [asyncio.ensure_future(persistency.aopen_job("a")) for _ in range(32)]
-        await asyncio.sleep(0)  # the loop goes on, while nobody can have opened the job
-        assert not any(task.done() for task in tasks)
-        gate.may_go.set()
-        assert len({id(job) for job in await asyncio.gather(*tasks)}) == 1
+        async with anyio.create_task_group() as group:
+            tasks = [Task(group, persistency.aopen_job("a")) for _ in range(32)]
+            await turns()  # the loop goes on, while nobody can have opened the job
+            assert all(task.begun and not task.done for task in tasks)
+            gate.may_go.set()
+            assert len({id(await task) for task in tasks}) == 1
 
-    asyncio.run(main())
+    in_loop(main)
     assert gate.times == 1
 
 
@@ -387,14 +389,16 @@ def test_a_job_whose_thread_can_not_be_started_can_be_opened_later(root: Path, m
             job.put("c", ("k",), b"")
 
 
-def test_opening_takes_no_longer_than_its_timeout(root: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+def test_opening_takes_no_longer_than_its_timeout(
+    root: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, in_loop: InLoop
+) -> None:
     """`open_timeout`: a job that doesn't open in time is `TimeoutError`; the late opening is undone by itself."""
     openings(monkeypatch, lambda _job_id: gate())
     with Persistency(root, open_timeout=0.05) as impatient, Persistency(root) as patient:
         with pytest.raises(TimeoutError):
             impatient.open_job("a")
         with pytest.raises(TimeoutError):
-            asyncio.run(impatient.aopen_job("a"))
+            in_loop(impatient.aopen_job, "a")
         assert "a" not in impatient
         later = in_thread(lambda: patient.open_job("a"))
         gate.may_go.set()
@@ -403,19 +407,22 @@ def test_opening_takes_no_longer_than_its_timeout(root: Path, monkeypatch: pytes
     assert_no_worker_is_left("a")
 
 
-def test_a_cancelled_opening_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+def test_a_cancelled_opening_leaves_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, in_loop: InLoop
+) -> None:
     """A task that is cancelled while its job opens holds no lease: the job is closed, and can be dropped."""
     openings(monkeypatch, lambda _job_id: gate())
     with Persistency(root) as persistency:
 
         async def main() -> None:
-            task = asyncio.ensure_future(persistency.aopen_job("a"))
-            await asyncio.sleep(0)
-            task.cancel()
-            await asyncio.wait([task])
-            assert task.cancelled()
+            async with anyio.create_task_group() as group:
+                task = Task(group, persistency.aopen_job("a"))
+                await turns()
+                task.cancel()
+            assert task.begun
+            assert task.cancelled
 
-        asyncio.run(main())
+        in_loop(main)
         gate.may_go.set()
         assert "a" not in persistency
         with Persistency(root) as other:
@@ -423,7 +430,7 @@ def test_a_cancelled_opening_leaves_nothing(root: Path, monkeypatch: pytest.Monk
     assert_no_worker_is_left("a")
 
 
-def test_jobs_open_and_close_under_asyncio(root: Path) -> None:
+def test_jobs_open_and_close_in_an_event_loop(root: Path, in_loop: InLoop) -> None:
     """S3-46: `aopen_job`, `aclose`, `adrop_job` and `async with` do what their namesakes do."""
 
     async def main() -> None:
@@ -449,7 +456,7 @@ def test_jobs_open_and_close_under_asyncio(root: Path) -> None:
             with pytest.raises(Closed):
                 await persistency.aopen_job("c")
 
-    asyncio.run(main())
+    in_loop(main)
     assert_no_worker_is_left()
 
 
@@ -863,7 +870,8 @@ def test_close_closes_every_job(root: Path) -> None:
             job.put("c", (number,), b"")
     persistency.close(WAIT)
     persistency.close()
-    asyncio.run(persistency.aclose())
+    for run in LOOPS.values():
+        run(persistency.aclose)
     assert all(job.closed for job in jobs)
     assert list(persistency) == []
     assert "closed" in repr(persistency)
@@ -903,9 +911,9 @@ def test_close_counts_failures_that_were_not_kept(root: Path) -> None:
     assert len(caught.value.failures) + caught.value.omitted == 2_400
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [None, *LOOPS])
 def test_close_waits_for_every_job_though_one_fails(
-    root: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, asynchronous: bool, caplog: pytest.LogCaptureFixture
+    root: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, asynchronous: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A store that can't be closed in order doesn't keep `close` from waiting for the other jobs."""
     close = SqliteStore.close
@@ -932,7 +940,7 @@ def test_close_waits_for_every_job_though_one_fails(
     first.flush().result(WAIT)
     second.put("held", ("k",), b"")
     gate.wait()
-    closing = in_thread((lambda: asyncio.run(persistency.aclose())) if asynchronous else persistency.close)
+    closing = in_thread((lambda: LOOPS[asynchronous](persistency.aclose)) if asynchronous else persistency.close)
     with pytest.raises(TimeoutError):
         closing.exception(0.2)
     gate.may_go.set()

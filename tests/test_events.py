@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import os
 import random
 import subprocess
@@ -11,10 +11,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from examples.events import Event, EventLog, commits, count_lines
 from persistency import CBOR, Job, Persistency, Transaction
+from tests.loops import InLoop, Task, bounded
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "events.py"
 WAIT = 30.0
@@ -114,7 +116,8 @@ def test_trimming_waits_for_the_slowest_consumer(log: EventLog) -> None:
     assert log.append(numbered(11, 12)).result(WAIT) == 11  # numbers go on
 
 
-def test_a_follower_sees_the_past_and_what_comes(log: EventLog) -> None:
+# trio warns of the walk that `follow` leaves behind when it is closed in the middle of it.
+def test_a_follower_sees_the_past_and_what_comes(log: EventLog, in_loop: InLoop) -> None:
     """Without a gap and without a repetition, also of what is appended while it reads the past."""
 
     async def session() -> list[int]:
@@ -125,22 +128,23 @@ def test_a_follower_sees_the_past_and_what_comes(log: EventLog) -> None:
             for first in range(701, 901, 10):
                 await log.append(numbered(first, first + 10))
 
-        async for number, event in log.follow(after=100):
-            assert event == {"n": number}
-            seen.append(number)
-            if number == 101:  # a page was read, and others come: these are in them, and in the feed
-                await log.append(numbered(601, 701))
-            if number == 700:
-                appending = asyncio.create_task(append())
-            if number == 900:
-                break
-        await appending
+        async with contextlib.aclosing(log.follow(after=100)) as following, anyio.create_task_group() as group:
+            async for number, event in following:
+                assert event == {"n": number}
+                seen.append(number)
+                if number == 101:  # a page was read, and others come: these are in them, and in the feed
+                    await log.append(numbered(601, 701))
+                if number == 700:
+                    group.start_soon(append)
+                if number == 900:
+                    break
         return seen
 
-    assert asyncio.run(asyncio.wait_for(session(), WAIT)) == list(range(101, 901))
+    assert in_loop(bounded, session) == list(range(101, 901))
 
 
-def test_a_follower_that_falls_behind_reads_the_events_themselves(persistency: Persistency) -> None:
+# trio warns of the walk that `follow` leaves behind when it is closed in the middle of it.
+def test_a_follower_that_falls_behind_reads_the_events_themselves(persistency: Persistency, in_loop: InLoop) -> None:
     """The job keeps few changes, and the follower is paused: it still sees everything once."""
     log = EventLog(persistency.open_job("events", feed_changes_max=5))
 
@@ -148,16 +152,17 @@ def test_a_follower_that_falls_behind_reads_the_events_themselves(persistency: P
         await log.append(numbered(1, 3))
         following = log.follow()
         seen = [(await anext(following))[0] for _ in range(2)]
-        waiting = asyncio.ensure_future(anext(following))  # at the end of the log
-        while not waiting.done():
-            last = await log.append(numbered(0, 50))  # more at once than is kept
+        async with anyio.create_task_group() as group:
+            waiting = Task(group, lambda: anext(following))  # at the end of the log
+            while not waiting.done:
+                last = await log.append(numbered(0, 50))  # more at once than is kept
         seen.append((await waiting)[0])
         while seen[-1] < last:
             seen.append((await anext(following))[0])
         await following.aclose()
         return seen
 
-    seen = asyncio.run(asyncio.wait_for(session(), WAIT))
+    seen = in_loop(bounded, session)
     assert seen == list(range(1, len(seen) + 1))
     assert len(seen) > 50
 

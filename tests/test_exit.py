@@ -68,6 +68,9 @@ def check_tidy(root: Path, job_id: str = "alpha") -> None:
         ("raises_in_thread", 0, "LookupError: nobody catches this"),
         ("interrupted", SIGINT, "KeyboardInterrupt"),
         ("asyncio_run", 0, ""),
+        ("trio_run", 0, ""),
+        ("trio_exits", 3, ""),
+        ("trio_interrupted", SIGINT, "KeyboardInterrupt"),
     ],
 )
 def test_pending_writes_survive_exit(tmp_path: Path, name: str, code: int, told: str) -> None:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import anyio
 import apsw
 import pytest
 from hypothesis import example, given, settings
@@ -49,6 +50,7 @@ from persistency.feed import ChangeFeed
 from persistency.storage.memory import MemoryStore
 from persistency.storage.port import PLACES, ListChanges
 from persistency.storage.sqlite import SqliteStore
+from tests.loops import LOOPS, GivenUp, InLoop, Task, in_thread, together
 
 WAIT = 20.0  # seconds a test waits for what must come
 START = 1_700_000_000.0  # the Unix time at which the clock of a test begins
@@ -310,7 +312,7 @@ def take_any_way(feed: ChangeFeed, count: int, chance: random.Random) -> list[Ch
 
     if not count:
         return []
-    return asyncio.run(take_in_loop()) if chance.random() < 0.3 else take(feed, count)
+    return chance.choice([*LOOPS.values()])(take_in_loop) if chance.random() < 0.3 else take(feed, count)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -374,7 +376,9 @@ def test_a_feed_follows_from_the_moment_it_is_made(job: Job, posted: int) -> Non
     assert next(late) == next(feed) == Change(2 * posted + 1, "put", "c", key("late"), b"late", None)
 
 
-def test_a_feed_made_in_an_event_loop_neither_waits_nor_misses(persistency: Persistency, job: Job) -> None:
+def test_a_feed_made_in_an_event_loop_neither_waits_nor_misses(
+    persistency: Persistency, job: Job, in_loop: InLoop
+) -> None:
     """Making one while the job is busy returns at once, and still fixes where it begins."""
     hold = Hold(job).hold()
 
@@ -384,16 +388,16 @@ def test_a_feed_made_in_an_event_loop_neither_waits_nor_misses(persistency: Pers
         job.put("c", ("after",), b"")
         with pytest.raises(Misuse, match="doesn't know yet"):
             feed.after  # noqa: B018  # a property that is refused
-        await asyncio.to_thread(hold.release)
+        await in_thread(hold.release)
         changes = [await anext(feed)]
         job.put("c", ("last",), b"")
         return [*changes, await anext(feed)]
 
-    assert [change.key.parts for change in asyncio.run(follow())] == [("after",), ("last",)]
+    assert [change.key.parts for change in in_loop(follow)] == [("after",), ("last",)]
     assert waiting(persistency) == 0
 
 
-def test_a_cancelled_first_step_keeps_where_the_feed_begins(job: Job) -> None:
+def test_a_cancelled_first_step_keeps_where_the_feed_begins(job: Job, in_loop: InLoop) -> None:
     """The answer that says where a feed begins isn't lost with the task that waited for it."""
     hold = Hold(job).hold()
 
@@ -401,16 +405,16 @@ def test_a_cancelled_first_step_keeps_where_the_feed_begins(job: Job) -> None:
         job.put("c", ("before",), b"")
         feed = ChangeFeed(job)
         job.put("c", ("after",), b"")
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0):
-                await anext(feed)
-        await asyncio.to_thread(hold.release)
+        with anyio.move_on_after(0) as scope:
+            await anext(feed)
+        assert scope.cancelled_caught
+        await in_thread(hold.release)
         return await anext(feed)
 
-    assert asyncio.run(follow()).key.parts == ("after",)
+    assert in_loop(follow).key.parts == ("after",)
 
 
-def test_several_feeds_at_once_each_give_all(job: Job) -> None:
+def test_several_feeds_at_once_each_give_all(job: Job, in_loop: InLoop) -> None:
     """Feeds don't take changes from one another, in tasks and threads together."""
     count = 500
 
@@ -428,18 +432,18 @@ def test_several_feeds_at_once_each_give_all(job: Job) -> None:
 
     async def follow_all() -> list[list[Change]]:
         consumers = [Consumer(ChangeFeed(job), count) for _ in range(3)]
-        tasks = [asyncio.create_task(follow(ChangeFeed(job, page=page))) for page in (1, 7, 256)]
+        feeds = [ChangeFeed(job, page=page) for page in (1, 7, 256)]
         writer = threading.Thread(target=put_all)
         writer.start()
-        of_tasks = await asyncio.gather(*tasks)
-        await asyncio.to_thread(writer.join)
-        return [*of_tasks, *[await asyncio.to_thread(consumer.join) for consumer in consumers]]
+        of_tasks = await together(*(follow(feed) for feed in feeds))
+        await in_thread(writer.join)
+        return [*of_tasks, *[await in_thread(consumer.join) for consumer in consumers]]
 
-    given_to = asyncio.run(follow_all())
+    given_to = in_loop(follow_all)
     assert [[change.key.parts[0] for change in changes] for changes in given_to] == [list(range(count))] * 6
 
 
-def test_for_and_async_for_go_on_with_one_another(job: Job) -> None:
+def test_for_and_async_for_go_on_with_one_another(job: Job, in_loop: InLoop) -> None:
     """A loop begins where the last one was left, whichever kind it is."""
     feed = ChangeFeed(job)
     for number in range(9):
@@ -453,7 +457,7 @@ def test_for_and_async_for_go_on_with_one_another(job: Job) -> None:
                 break
         return found
 
-    found = [change.key.parts[0] for change in take(feed, 3)] + asyncio.run(three())
+    found = [change.key.parts[0] for change in take(feed, 3)] + in_loop(three)
     for change in feed:
         found.append(change.key.parts[0])
         if len(found) == 9:
@@ -742,7 +746,7 @@ class Interrupt:
 # -- what is no longer kept ----------------------------------------------------------------------------------------
 
 
-def test_a_feed_that_falls_behind_is_told(persistency: Persistency) -> None:
+def test_a_feed_that_falls_behind_is_told(persistency: Persistency, in_loop: InLoop) -> None:
     """What it holds already it still gives; then it raises, at every step, with the first version that is kept."""
     job = persistency.open_job("job", feed_changes_max=10)
     feed, beside = ChangeFeed(job, page=2), ChangeFeed(job, after=0)
@@ -761,7 +765,7 @@ def test_a_feed_that_falls_behind_is_told(persistency: Persistency) -> None:
     with pytest.raises(FeedTruncated):
         next(beside)
     with pytest.raises(FeedTruncated):
-        asyncio.run(step(ChangeFeed(job, "other", after=14)))
+        in_loop(step, ChangeFeed(job, "other", after=14))
     resumed = ChangeFeed(job, after=truncated.value.oldest - 1)
     assert [change.version for change in take(resumed, 10)] == list(range(16, 26))
 
@@ -1106,24 +1110,30 @@ def test_a_snapshot_and_the_changes_behind_it_give_the_state(job: Job) -> None:
 
 
 def test_a_cancelled_task_leaves_nothing_behind(
-    persistency: Persistency, job: Job, parked: threading.Semaphore
+    persistency: Persistency, job: Job, parked: threading.Semaphore, in_loop: InLoop
 ) -> None:
     """The request of a task that waits is taken back with it, and the feed goes on as if it had never been made."""
     feed = ChangeFeed(job)
 
     async def wait_and_give_up() -> None:
         for _ in range(3):
-            task = asyncio.create_task(step(feed))
-            assert await asyncio.to_thread(parked.acquire, timeout=WAIT)
-            assert waiting(persistency) == 1
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            async with anyio.create_task_group() as group:
+                task = Task(group, step(feed))
+                assert await in_thread(parked.acquire, True, WAIT)
+                assert waiting(persistency) == 1
+                task.cancel()
+            assert task.cancelled
             assert waiting(persistency) == 0
-        task = asyncio.create_task(step(feed))
+
+    in_loop(wait_and_give_up)
+
+    async def leave_waiting() -> None:
+        kept.append(asyncio.create_task(step(feed)))
         assert await asyncio.to_thread(parked.acquire, timeout=WAIT)  # left to the end of the loop
 
-    asyncio.run(wait_and_give_up())
+    kept: list[asyncio.Task[Change]] = []
+    asyncio.run(leave_waiting())
+    assert kept[0].cancelled()
     assert waiting(persistency) == 0
     job.put("c", (1,), b"")
     job.put("c", (2,), b"")
@@ -1208,7 +1218,7 @@ def test_an_interrupt_in_a_loop_that_waits_leaves_nothing_behind(
 
 @pytest.mark.parametrize("way", ["close", "cancel"])
 def test_a_request_in_the_hands_of_the_job_is_taken_back_too(
-    persistency: Persistency, job: Job, way: str, monkeypatch: pytest.MonkeyPatch
+    persistency: Persistency, job: Job, way: str, monkeypatch: pytest.MonkeyPatch, in_loop: InLoop
 ) -> None:
     """A step that is given up when its request was taken from the mailbox, and before it was put aside to wait."""
     posted = threading.Semaphore(0)
@@ -1226,24 +1236,25 @@ def test_a_request_in_the_hands_of_the_job_is_taken_back_too(
     answer = job.run(second)  # with what follows it is the next group
 
     async def give_up() -> None:
-        task = asyncio.create_task(step(feed))
-        assert await asyncio.to_thread(posted.acquire, timeout=WAIT)
-        await asyncio.to_thread(first.release)
-        await asyncio.to_thread(second.wait)
-        if way == "close":
-            feed.close()
-        else:
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        second.release()
-        await answer
-        if way == "close":
-            with pytest.raises(StopAsyncIteration):
-                await task
+        async with anyio.create_task_group() as group:
+            task = Task(group, step(feed))
+            assert await in_thread(posted.acquire, True, WAIT)
+            await in_thread(first.release)
+            await in_thread(second.wait)
+            if way == "close":
+                feed.close()
+            else:
+                task.cancel()
+                with pytest.raises(GivenUp):
+                    await task
+            second.release()
+            await answer
+            if way == "close":
+                with pytest.raises(StopAsyncIteration):
+                    await task
         await job.version()
 
-    asyncio.run(give_up())
+    in_loop(give_up)
     job.version().result(WAIT)  # answered behind whatever was asked to take it back
     assert waiting(persistency) == 0
 
@@ -1251,7 +1262,9 @@ def test_a_request_in_the_hands_of_the_job_is_taken_back_too(
 # -- the end of a feed ---------------------------------------------------------------------------------------------
 
 
-def test_closing_a_feed_ends_a_loop_that_waits(persistency: Persistency, job: Job, parked: threading.Semaphore) -> None:
+def test_closing_a_feed_ends_a_loop_that_waits(
+    persistency: Persistency, job: Job, parked: threading.Semaphore, in_loop: InLoop
+) -> None:
     """In another thread, and in a task, the loop ends as a loop does; nothing is left waiting."""
     feed = ChangeFeed(job)
     consumer = Consumer(feed)
@@ -1265,18 +1278,19 @@ def test_closing_a_feed_ends_a_loop_that_waits(persistency: Persistency, job: Jo
         async def follow(feed: ChangeFeed) -> list[Change]:
             return [change async for change in feed]
 
-        with ChangeFeed(job) as feed:
-            task = asyncio.create_task(follow(feed))
-            assert await asyncio.to_thread(parked.acquire, timeout=WAIT)
-            job.put("c", (), b"")
-            assert await asyncio.to_thread(parked.acquire, timeout=WAIT)
-        return await task
+        async with anyio.create_task_group() as group:
+            with ChangeFeed(job) as feed:
+                task = Task(group, follow(feed))
+                assert await in_thread(parked.acquire, True, WAIT)
+                job.put("c", (), b"")
+                assert await in_thread(parked.acquire, True, WAIT)
+            return await task
 
-    assert len(asyncio.run(close_beside())) == 1
+    assert len(in_loop(close_beside)) == 1
     assert waiting(persistency) == 0
 
 
-def test_a_closed_feed_gives_nothing_more(job: Job) -> None:
+def test_a_closed_feed_gives_nothing_more(job: Job, in_loop: InLoop) -> None:
     """Not even what it holds already; `after` still says where to go on."""
     job.put("c", (1,), b"")
     job.put("c", (2,), b"")
@@ -1287,7 +1301,7 @@ def test_a_closed_feed_gives_nothing_more(job: Job) -> None:
     assert list(feed) == []
     feed.close()
     with pytest.raises(StopAsyncIteration):
-        asyncio.run(step(feed))
+        in_loop(step, feed)
     assert "closed" in repr(feed)
     never_used = ChangeFeed(job)
     never_used.close()
@@ -1295,21 +1309,22 @@ def test_a_closed_feed_gives_nothing_more(job: Job) -> None:
 
 
 def test_a_feed_of_a_job_that_is_closed_raises_closed(
-    persistency: Persistency, job: Job, parked: threading.Semaphore
+    persistency: Persistency, job: Job, parked: threading.Semaphore, in_loop: InLoop
 ) -> None:
     """Whether it waits just then, in a thread or a task, or asks later; and so does making one."""
     consumer = Consumer(ChangeFeed(job))
     feed = ChangeFeed(job)
 
     async def close_beside() -> None:
-        task = asyncio.create_task(step(feed))
-        for _ in range(2):
-            assert await asyncio.to_thread(parked.acquire, timeout=WAIT)
-        await job.aclose()
-        with pytest.raises(Closed):
-            await task
+        async with anyio.create_task_group() as group:
+            task = Task(group, step(feed))
+            for _ in range(2):
+                assert await in_thread(parked.acquire, True, WAIT)
+            await job.aclose()
+            with pytest.raises(Closed):
+                await task
 
-    asyncio.run(close_beside())
+    in_loop(close_beside)
     assert consumer.join() == []
     assert isinstance(consumer.error, Closed)
     with pytest.raises(Closed):
@@ -1395,7 +1410,9 @@ def test_a_step_waits_for_room(persistency: Persistency, drained: threading.Sema
     assert [reply.result(WAIT) for reply in full] == [None] * 2
 
 
-def test_a_step_in_an_event_loop_waits_for_room(persistency: Persistency, drained: threading.Semaphore) -> None:
+def test_a_step_in_an_event_loop_waits_for_room(
+    persistency: Persistency, drained: threading.Semaphore, in_loop: InLoop
+) -> None:
     """There too; only making a feed can't wait, and is refused."""
     job = persistency.open_job("job", feed_changes_max=MANY, requests_max=2)
     feed = ChangeFeed(job)
@@ -1405,14 +1422,15 @@ def test_a_step_in_an_event_loop_waits_for_room(persistency: Persistency, draine
         full = [job.get("c", ()) for _ in range(4)]
         with pytest.raises(Overloaded):
             ChangeFeed(job)
-        task = asyncio.create_task(step(feed))
-        assert await asyncio.to_thread(drained.acquire, timeout=WAIT)
-        await asyncio.to_thread(hold.release)
-        job.put("c", (), b"")
-        await asyncio.gather(*full)
-        return await task
+        async with anyio.create_task_group() as group:
+            task = Task(group, step(feed))
+            assert await in_thread(drained.acquire, True, WAIT)
+            await in_thread(hold.release)
+            job.put("c", (), b"")
+            await together(*full)
+            return await task
 
-    assert asyncio.run(follow()).version == 1
+    assert in_loop(follow).version == 1
 
 
 def test_making_a_feed_in_a_thread_waits_for_room(persistency: Persistency, drained: threading.Semaphore) -> None:
@@ -1448,7 +1466,7 @@ def test_one_feed_too_many_is_refused_and_doesnt_spin(
     assert next(refused_one).version == 1
 
 
-def test_a_second_loop_beside_one_that_waits_is_refused(job: Job, parked: threading.Semaphore) -> None:
+def test_a_second_loop_beside_one_that_waits_is_refused(job: Job, parked: threading.Semaphore, in_loop: InLoop) -> None:
     """`Misuse` for the second thread or task; the first one goes on undisturbed."""
     feed = ChangeFeed(job)
     consumer = Consumer(feed, 2)
@@ -1456,22 +1474,23 @@ def test_a_second_loop_beside_one_that_waits_is_refused(job: Job, parked: thread
     with pytest.raises(Misuse, match="iterated already"):
         next(feed)
     with pytest.raises(Misuse, match="iterated already"):
-        asyncio.run(step(feed))
+        in_loop(step, feed)
     job.put("c", (), b"")
     job.put("c", (), b"")
     assert [change.version for change in consumer.join()] == [1, 2]
 
     async def two_tasks() -> Change:
-        first = asyncio.create_task(step(feed))
-        assert await asyncio.to_thread(parked.acquire, timeout=WAIT)
-        with pytest.raises(Misuse, match="iterated already"):
-            await step(feed)
-        job.put("c", (), b"")
-        return await first
+        async with anyio.create_task_group() as group:
+            first = Task(group, step(feed))
+            assert await in_thread(parked.acquire, True, WAIT)
+            with pytest.raises(Misuse, match="iterated already"):
+                await step(feed)
+            job.put("c", (), b"")
+            return await first
 
     while parked.acquire(blocking=False):
         pass
-    assert asyncio.run(two_tasks()).version == 3
+    assert in_loop(two_tasks).version == 3
 
 
 def test_a_feed_has_no_place_inside_a_run(job: Job) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
+import anyio
 import pytest
 
 from persistency import (
@@ -56,6 +57,7 @@ from persistency import (
 from persistency.storage.memory import MemoryStore
 from persistency.storage.port import PLACES, GetRow, ScanRange
 from persistency.storage.sqlite import SqliteStore
+from tests.loops import LOOPS, GivenUp, InLoop, Task, bounded, together, turns
 
 WAIT = 20.0  # seconds a test waits for what must come
 T = TypeVar("T")
@@ -142,20 +144,12 @@ def gate(persistency: Persistency, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     gate.release()
 
 
-@pytest.fixture(params=["thread", "loop"])
+@pytest.fixture(params=["thread", *LOOPS])
 def ask(request: pytest.FixtureRequest) -> Ask:
     """Make a request and take its answer: in a plain thread, or within an event loop."""
-
-    def in_thread(request_it: Callable[[], Reply[Any]]) -> Any:
-        return request_it().result(WAIT)
-
-    def in_loop(request_it: Callable[[], Reply[Any]]) -> Any:
-        async def main() -> Any:
-            return await request_it()
-
-        return run(main())
-
-    return in_thread if request.param == "thread" else in_loop
+    if request.param == "thread":
+        return lambda request_it: request_it().result(WAIT)
+    return partial(LOOPS[request.param], bounded)
 
 
 def run(main: Awaitable[T]) -> T:
@@ -583,7 +577,7 @@ def test_a_walk_over_a_job_that_is_closed_meanwhile_raises(job: Job) -> None:
         next(walk)
 
 
-def test_iterate_waits_for_room_under_an_event_loop(persistency: Persistency, gate: Gate) -> None:
+def test_iterate_waits_for_room_under_an_event_loop(persistency: Persistency, gate: Gate, in_loop: InLoop) -> None:
     """Promise 4: where the mailbox refuses a loop's read, a walk paces itself and is never refused."""
     job = persistency.open_job("small", requests_max=1)
     keys = fill(job, 5)
@@ -593,13 +587,15 @@ def test_iterate_waits_for_room_under_an_event_loop(persistency: Persistency, ga
         waiting = [job.get("c", (1,)), job.get("c", (2,))]  # one over the bound, as a loop may
         with pytest.raises(Overloaded):
             job.get("c", (3,))
-        walk = asyncio.create_task(gather_rows(job.iterate("c", page=2, keys_only=True)))
-        await asyncio.sleep(0)  # a turn for the walk, which is refused now
-        gate.release()
-        assert await asyncio.gather(*waiting) == [b"1", b"2"]
-        return await walk
+        async with anyio.create_task_group() as group:
+            walk = Task(group, gather_rows(job.iterate("c", page=2, keys_only=True)))
+            await turns()  # for the walk, which is refused now
+            assert walk.begun
+            gate.release()
+            assert await together(*waiting) == [b"1", b"2"]
+            return await walk
 
-    assert run(main()) == keys
+    assert in_loop(bounded, main) == keys
 
 
 def test_iterate_waits_for_room_in_a_thread(persistency: Persistency, gate: Gate) -> None:
@@ -1041,7 +1037,9 @@ def test_a_failed_request_nobody_looked_at_is_told(
 LOOKS: dict[str, Callable[[Reply[Any]], object]] = {
     "result": lambda reply: pytest.raises(Conflict, reply.result, WAIT),
     "exception": lambda reply: reply.exception(WAIT),
-    "await": lambda reply: pytest.raises(Conflict, run, asyncio.wait_for(reply, WAIT)),
+    "await": lambda reply: pytest.raises(Conflict, LOOPS["asyncio"], bounded, lambda: reply),
+    "await under trio": lambda reply: pytest.raises(Conflict, LOOPS["trio"], bounded, lambda: reply),
+    "wait_for": lambda reply: pytest.raises(Conflict, run, asyncio.wait_for(reply, WAIT)),
     "wrap_future": lambda reply: pytest.raises(Conflict, run, wrapped(reply)),
     "map": lambda reply: pytest.raises(Conflict, reply.map(str).result, WAIT),
 }
@@ -1258,7 +1256,7 @@ def test_drain_waits_for_the_low_water_mark(persistency: Persistency, gate: Gate
     assert drained.result(WAIT) is None
 
 
-def test_tasks_that_pace_themselves_are_never_refused(persistency: Persistency) -> None:
+def test_tasks_that_pace_themselves_are_never_refused(persistency: Persistency, in_loop: InLoop) -> None:
     """Promise 4: as many tasks as the bound counts, each awaiting drain between its puts, all get through."""
     job = persistency.open_job("small", mailbox_ops_max=16)
 
@@ -1268,10 +1266,10 @@ def test_tasks_that_pace_themselves_are_never_refused(persistency: Persistency) 
             job.put("c", (task, number), b"")
 
     async def main() -> int:
-        await asyncio.gather(*(produce(task) for task in range(16)))
+        await together(*(produce(task) for task in range(16)))
         return await job.count("c")
 
-    assert run(main()) == 800
+    assert in_loop(bounded, main) == 800
 
 
 # -- closing ------------------------------------------------------------------------------------------------------
@@ -1467,7 +1465,7 @@ def read_your_writes(job: Job, pairs: int) -> list[Any]:
 
     with ThreadPoolExecutor(11) as pool:
         futures = [pool.submit(in_a_thread, number) for number in range(8)]
-        futures += [pool.submit(asyncio.run, in_a_loop(number)) for number in range(3)]
+        futures += [pool.submit(run_one, in_a_loop, number) for number, run_one in enumerate(LOOPS.values())]
         return [miss for future in futures for miss in future.result()]
 
 
@@ -1515,25 +1513,31 @@ def test_posts_of_each_thread_keep_their_order(job: Job) -> None:
         assert None not in versions
 
 
-def test_two_hundred_thousand_puts_in_a_plain_loop(job: Job, ask: Ask) -> None:
+@pytest.mark.parametrize(
+    ("ask", "count"),
+    [("thread", 200_000), ("asyncio", 200_000), ("trio", 20_000), ("anyio", 20_000)],  # the loops only take the answers
+    indirect=["ask"],
+)
+def test_two_hundred_thousand_puts_in_a_plain_loop(job: Job, ask: Ask, count: int) -> None:
     """D-1, S3-61: nothing is dropped, however many are posted before anybody waits."""
-    for number in range(200_000):
+    for number in range(count):
         job.put("c", key("k", number), b"payload")
     ask(job.flush)
-    assert ask(lambda: job.count("c")) == 200_000
-    assert ask(lambda: job.get("c", ("k", 199_999))) == b"payload"
-    assert_balanced(job, 200_000)
+    assert ask(lambda: job.count("c")) == count
+    assert ask(lambda: job.get("c", ("k", count - 1))) == b"payload"
+    assert_balanced(job, count)
 
 
-def test_more_than_64_requests_in_flight(job: Job) -> None:
+@pytest.mark.parametrize(("loop", "count"), [("asyncio", 5_000), ("trio", 1_000), ("anyio", 1_000)])
+def test_more_than_64_requests_in_flight(job: Job, loop: str, count: int) -> None:
     """S3-82: thousands of requests may wait at once, and all are answered, each with its own."""
     fill(job, 5_000)
 
     async def main() -> None:
-        answers = await asyncio.gather(*(job.get("c", (number,)) for number in range(5_000)))
-        assert answers == [b"%d" % number for number in range(5_000)]
+        answers = await together(*(job.get("c", (number,)) for number in range(count)))
+        assert answers == [b"%d" % number for number in range(count)]
 
-    run(main())
+    LOOPS[loop](bounded, main)
     replies = [job.get("c", (number,)) for number in range(5_000)]
     assert [reply.result(WAIT) for reply in replies] == [b"%d" % number for number in range(5_000)]
 
@@ -1776,7 +1780,7 @@ def test_a_cancelled_task_takes_its_read_along(job: Job, gate: Gate) -> None:
     assert [message.key for message in gate.asked if type(message) is GetRow] == [key(3)]
 
 
-def test_a_read_others_wait_for_is_not_taken_away(job: Job, gate: Gate) -> None:
+def test_a_read_others_wait_for_is_not_taken_away(job: Job, gate: Gate, in_loop: InLoop) -> None:
     """Of several that wait for one reply, one that is cancelled leaves it to the others."""
     fill(job, 1)
 
@@ -1784,18 +1788,17 @@ def test_a_read_others_wait_for_is_not_taken_away(job: Job, gate: Gate) -> None:
         gate.hold(job)
         reply = job.get("c", (0,))
         mapped = reply.map(lambda payload: payload)
-        doomed, kept = asyncio.ensure_future(reply), asyncio.ensure_future(reply)
-        doomed_mapped, kept_mapped = asyncio.ensure_future(mapped), asyncio.ensure_future(mapped)
-        await asyncio.sleep(0)
-        for task in (doomed, doomed_mapped):
-            task.cancel()
-        await asyncio.wait([doomed, doomed_mapped])
-        assert doomed.cancelled()
-        assert doomed_mapped.cancelled()
-        gate.release()
-        assert (await kept, await kept_mapped) == (b"0", b"0")
+        async with anyio.create_task_group() as group:
+            doomed, kept, doomed_mapped, kept_mapped = (Task(group, one) for one in (reply, reply, mapped, mapped))
+            await turns()
+            for task in (doomed, doomed_mapped):
+                task.cancel()
+                with pytest.raises(GivenUp):
+                    await task
+            gate.release()
+            assert (await kept, await kept_mapped) == (b"0", b"0")
 
-    run(main())
+    in_loop(bounded, main)
 
 
 def test_a_write_is_never_cancelled(job: Job, gate: Gate) -> None:
@@ -1827,6 +1830,36 @@ def test_a_write_is_never_cancelled(job: Job, gate: Gate) -> None:
     assert_balanced(job, 6)
 
 
+def test_a_write_is_cancelled_in_no_event_loop(job: Job, gate: Gate, in_loop: InLoop) -> None:
+    """Promise 8, with cancelled tasks and scopes of any loop."""
+
+    async def main() -> None:
+        gate.hold(job)
+        replies: list[Reply[Any]] = [
+            job.commit(Put("c", (0,), b"")),
+            job.commit([Put("c", (1,), b""), Put("c", (2,), b"")]),
+            job.delete_acked("held", ("held",)),
+            job.delete_prefix_acked("c", ("nothing",)),
+            job.flush(),
+        ]
+        async with anyio.create_task_group() as group:
+            tasks = [Task(group, reply) for reply in replies]
+            await turns()
+            for task in tasks:
+                task.cancel()
+        assert all(task.cancelled for task in tasks)
+        with anyio.move_on_after(0) as scope:
+            await replies[0]
+        assert scope.cancelled_caught
+        assert not any(reply.done() for reply in replies)
+        gate.release()
+        assert await together(*replies) == [2, 4, True, 0, None]
+
+    in_loop(bounded, main)
+    assert job.count("c").result(WAIT) == 3
+    assert_balanced(job, 6)
+
+
 def test_a_settled_reply_can_not_be_cancelled(job: Job, ask: Ask) -> None:
     """`cancel()` of what is answered, or refused, is False and changes nothing."""
     reply = job.get("c", ("k",))
@@ -1854,20 +1887,20 @@ def test_cancelled_reads_in_a_storm_harm_no_neighbour(job: Job) -> None:
         for turn in range(100):
             k = key(number, turn)
             job.put("c", k, b"%d" % turn)
-            doomed = asyncio.ensure_future(job.scan("c", limit=3))
-            kept = asyncio.ensure_future(job.get("c", k))
-            if (turn + number) % 3:
-                await asyncio.sleep(0)
-            doomed.cancel()
-            assert await kept == b"%d" % turn
-            cancelled += (await asyncio.gather(doomed, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+            async with anyio.create_task_group() as group:
+                doomed, kept = Task(group, job.scan("c", limit=3)), Task(group, job.get("c", k))
+                if (turn + number) % 3:
+                    await turns()
+                doomed.cancel()
+                assert await kept == b"%d" % turn
+            cancelled += doomed.cancelled
         return cancelled
 
     async def main() -> int:
-        return sum(await asyncio.gather(*(client(number) for number in range(10))))
+        return sum(await together(*(client(number) for number in range(10))))
 
-    with ThreadPoolExecutor(3) as pool:
-        assert sum(pool.map(lambda _: run(main()), range(3))) > 0
+    with ThreadPoolExecutor(3) as pool:  # one of each kind, at once
+        assert min(pool.map(lambda run_one: run_one(bounded, main), LOOPS.values())) > 0
     assert job.count("c").result(WAIT) == 1_000
     assert_balanced(job, 3_000)
 

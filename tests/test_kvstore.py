@@ -5,7 +5,6 @@ Each test names the statements it covers. Where the view is deliberately not as 
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import sqlite3
 import threading
@@ -39,6 +38,7 @@ from persistency import (
 from persistency.actor.mailbox import Mailbox
 from persistency.kvstore import CATEGORY, TEXT_BYTES_MAX, KVStore
 from persistency.storage.sqlite import SqliteStore
+from tests.loops import InLoop, together
 
 WAIT = 20.0  # seconds a test waits for what must come
 
@@ -1243,17 +1243,17 @@ def test_what_ends_while_it_waits_never_counts(ended: bool, make: Make, clock: C
     assert store.storage_used().result(WAIT) == 10
 
 
-# -- under asyncio ----------------------------------------------------------------------------------------------------
+# -- in event loops ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["memory", "directory"])
-def test_every_verb_is_awaited(where: str, root: Path, clock: Clock) -> None:
-    """The same calls under asyncio: replies are awaited, many at once, and raise where they are."""
+def test_every_verb_is_awaited(where: str, root: Path, clock: Clock, in_loop: InLoop) -> None:
+    """The same calls in an event loop: replies are awaited, many at once, and raise where they are."""
 
     async def main() -> None:
         async with Persistency(":memory:" if where == "memory" else root, clock=clock) as persistency:
             store = KVStore(await persistency.aopen_job("plugin", max_bytes=1_000))
-            await asyncio.gather(*(store.set(f"user:{number}", b"12345") for number in range(100)))
+            await together(*(store.set(f"user:{number}", b"12345") for number in range(100)))
             assert await store.storage_used() == 500
             assert await store.get("user:7") == b"12345"
             assert await store.get("nobody") is None
@@ -1271,7 +1271,7 @@ def test_every_verb_is_awaited(where: str, root: Path, clock: Clock) -> None:
             with pytest.raises(Misuse):
                 store.get("")
 
-    asyncio.run(main())
+    in_loop(main)
 
 
 def test_giving_up_takes_back_reads_and_no_writes(store: KVStore) -> None:

@@ -6,7 +6,6 @@ counts the stores that are open, at every instant, and the threads that opened t
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import json
@@ -23,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
+import anyio
 import apsw
 import pytest
 
@@ -50,8 +50,10 @@ from persistency.slots import Slots
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.memory import MemoryStore
 from persistency.storage.sqlite import SqliteStore
+from tests import loops
 from tests.conftest import Wall
 from tests.crash.running import PROJECT
+from tests.loops import LOOPS, InLoop, Task, bounded, turns
 from tests.soak import lives
 from tests.soak.lives import Census, Quiet, workers
 from tests.storage.conftest import run_child
@@ -261,7 +263,12 @@ def test_options_that_differ_are_refused_and_harm_nobody(root: Path, census: Cen
 
 @pytest.mark.parametrize("options", LIMITS, ids=str)
 def test_opening_is_single_flight_for_threads_and_tasks(
-    root: Path, census: Census, monkeypatch: pytest.MonkeyPatch, gate: Gate, options: dict[str, Any]
+    root: Path,
+    census: Census,
+    monkeypatch: pytest.MonkeyPatch,
+    gate: Gate,
+    options: dict[str, Any],
+    in_loop: InLoop,
 ) -> None:
     """C.i-2, S1-2 (BEAT: built once), S1-28: 16 threads and 16 tasks open a job at once; one store is opened."""
     openings(monkeypatch, lambda _job_id: gate())
@@ -269,13 +276,14 @@ def test_opening_is_single_flight_for_threads_and_tasks(
         threads = in_thread(lambda: together(16, lambda number: (persistency, other)[number % 2].open_job("a")))
 
         async def main() -> list[Job]:
-            tasks = [asyncio.ensure_future(persistency.aopen_job("a")) for _ in range(16)]
-            await asyncio.sleep(0)  # nobody can have opened it, and the loop goes on
-            assert not any(task.done() for task in tasks)
-            gate.may_go.set()
-            return await asyncio.gather(*tasks)
+            async with anyio.create_task_group() as group:
+                tasks = [Task(group, persistency.aopen_job("a")) for _ in range(16)]
+                await turns()  # nobody can have opened it, and the loop goes on
+                assert all(task.begun and not task.done for task in tasks)
+                gate.may_go.set()
+                return [await task for task in tasks]
 
-        jobs = asyncio.run(main()) + threads.result(WAIT)
+        jobs = in_loop(main) + threads.result(WAIT)
         assert len({id(job) for job in jobs}) == 2  # one handle for each object
         assert census.opened == ["a"]
         jobs[0].put("c", ("k",), b"1")
@@ -314,7 +322,12 @@ def test_a_closed_root_forgets_its_workers(root: Path, census: Census) -> None:
 
 @pytest.mark.parametrize("options", LIMITS, ids=str)
 def test_a_late_opening_is_closed_again(
-    root: Path, census: Census, monkeypatch: pytest.MonkeyPatch, gate: Gate, options: dict[str, Any]
+    root: Path,
+    census: Census,
+    monkeypatch: pytest.MonkeyPatch,
+    gate: Gate,
+    options: dict[str, Any],
+    in_loop: InLoop,
 ) -> None:
     """C.i-3, S1-20, S1-24: who waits longer than `open_timeout` gets `TimeoutError`; what opens late is closed."""
     with Persistency(root, open_timeout=0.1, **options) as persistency:
@@ -322,7 +335,7 @@ def test_a_late_opening_is_closed_again(
             openings(patch, lambda _job_id: gate())
             assert {type(error) for error in errors_of(4, lambda: persistency.open_job("a"))} == {TimeoutError}
             with pytest.raises(TimeoutError):
-                asyncio.run(persistency.aopen_job("a"))
+                in_loop(persistency.aopen_job, "a")
             assert "a" not in persistency
             gate.may_go.set()
             census.wait(lambda: census.opened.count("a") == census.closed.count("a") >= 1)
@@ -344,6 +357,7 @@ def test_every_waiter_gets_the_real_cause_and_can_try_again(
     gate: Gate,
     options: dict[str, Any],
     cause: BaseException,
+    in_loop: InLoop,
 ) -> None:
     """C.i-2, C.i-3, S1-4 (BEAT), S1-23, S1-25 (BEAT), S1-26, S1-53: a failed opening is told to all, and over."""
 
@@ -356,7 +370,7 @@ def test_every_waiter_gets_the_real_cause_and_can_try_again(
             openings(patch, fail)
             told = in_thread(lambda: errors_of(16, lambda: persistency.open_job("a")))
             gate.wait()
-            waiting = in_thread(lambda: errors_of(1, lambda: asyncio.run(persistency.aopen_job("a"))))
+            waiting = in_thread(lambda: errors_of(1, lambda: in_loop(persistency.aopen_job, "a")))
             gate.may_go.set()
             assert {error is cause for error in told.result(WAIT) + waiting.result(WAIT)} == {True}
         assert "a" not in persistency
@@ -684,7 +698,7 @@ def answered(outcome: Any) -> Any:
     return outcome.result(WAIT) if hasattr(outcome, "result") else outcome
 
 
-@pytest.mark.parametrize("manner", ["thread", "loop"])
+@pytest.mark.parametrize("manner", ["thread", *LOOPS])
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_wakes_a_resting_job(root: Path, place: Path, census: Census, verb: str, manner: str) -> None:
     """C.i-5, S1-29: a handle keeps working: each verb answers what it does in a job that never rests."""
@@ -697,13 +711,13 @@ def test_every_verb_wakes_a_resting_job(root: Path, place: Path, census: Census,
         other = persistency.open_job("other")
         assert (job.statistics().state, job.closed, census.live) == ("idle", False, ["other"])
         assert list(persistency) == ["a", "other"]
-        if manner == "loop":
+        if manner != "thread":
 
             async def main() -> Any:
-                outcome = await asyncio.to_thread(ask, job) if verb in BLOCKING else ask(job)
+                outcome = await loops.in_thread(ask, job) if verb in BLOCKING else ask(job)
                 return await outcome if hasattr(outcome, "result") else outcome
 
-            found = asyncio.run(main())
+            found = LOOPS[manner](main)
         else:
             found = answered(ask(job))
         assert found == due
@@ -743,7 +757,7 @@ def test_looking_at_a_resting_job_wakes_nobody(root: Path, census: Census) -> No
 
 
 def test_a_post_to_a_resting_job_is_taken_at_once(
-    root: Path, census: Census, monkeypatch: pytest.MonkeyPatch, gate: Gate
+    root: Path, census: Census, monkeypatch: pytest.MonkeyPatch, gate: Gate, in_loop: InLoop
 ) -> None:
     """`max_live_jobs`: a post returns while the job can't even be opened, and the poster's thread opens nothing."""
     with Persistency(root, max_live_jobs=1) as persistency:
@@ -758,12 +772,12 @@ def test_a_post_to_a_resting_job_is_taken_at_once(
         async def main() -> list[bytes | None]:
             job.put("c", (100,), b"100")
             replies = [job.get("c", (number,)) for number in (0, 99, 100)]
-            await asyncio.sleep(0)
+            await turns()
             assert not any(reply.done() for reply in replies)
             gate.may_go.set()
             return [await reply for reply in replies]
 
-        assert asyncio.run(main()) == [b"0", b"99", b"100"]
+        assert in_loop(main) == [b"0", b"99", b"100"]
         job.flush().result(WAIT)
         assert [row.key.parts[0] for row in job.scan("c").result(WAIT)] == list(range(101))
         assert threading.get_ident() not in census.threads
@@ -989,9 +1003,11 @@ def test_a_slot_that_is_given_back_goes_to_one_who_waits(root: Path, monkeypatch
         work[2].let_go()
 
 
-@pytest.mark.parametrize("manner", ["thread", "task", "cancelled task"])
+@pytest.mark.parametrize(
+    ("manner", "loop"), [("thread", ""), *((manner, loop) for manner in ("task", "cancelled task") for loop in LOOPS)]
+)
 def test_a_wait_for_a_slot_that_is_given_up_leaves_nothing(
-    root: Path, census: Census, monkeypatch: pytest.MonkeyPatch, manner: str
+    root: Path, census: Census, monkeypatch: pytest.MonkeyPatch, manner: str, loop: str
 ) -> None:
     """C.i-4, S1-37, S1-39: the `TimeoutError` says why; nothing was created, and nobody stands in line any more."""
     line = Line(monkeypatch)
@@ -1005,17 +1021,18 @@ def test_a_wait_for_a_slot_that_is_given_up_leaves_nothing(
                     persistency.open_job("b")
             elif manner == "task":
                 with pytest.raises(TimeoutError, match="all 1 jobs that may be live had work"):
-                    asyncio.run(persistency.aopen_job("b"))
+                    LOOPS[loop](persistency.aopen_job, "b")
             else:
 
                 async def main() -> None:
-                    task = asyncio.ensure_future(persistency.aopen_job("b"))
-                    await asyncio.sleep(0)
-                    task.cancel()
-                    await asyncio.wait([task])
-                    assert task.cancelled()
+                    async with anyio.create_task_group() as group:
+                        task = Task(group, persistency.aopen_job("b"))
+                        await turns()
+                        task.cancel()
+                    assert task.begun
+                    assert task.cancelled
 
-                asyncio.run(main())
+                LOOPS[loop](main)
             assert "b" not in persistency
             assert not (root / "b.db").exists()
             assert not (root / "b.lock").exists()
@@ -1056,7 +1073,8 @@ ENDINGS: dict[str, Callable[[Persistency, Job], Any]] = {
     "close": lambda persistency, job: job.close(),
     "close without draining": lambda persistency, job: job.close(drain=False),
     "close_job": lambda persistency, job: persistency.close_job(job.id),
-    "aclose": lambda persistency, job: asyncio.run(job.aclose()),
+    "aclose": lambda persistency, job: LOOPS["asyncio"](job.aclose),
+    "aclose under trio": lambda persistency, job: LOOPS["trio"](job.aclose),
     "drop_job": lambda persistency, job: persistency.drop_job(job.id),
     "purge": lambda persistency, job: persistency.purge(1),
 }
@@ -1248,7 +1266,7 @@ def test_a_job_nobody_uses_rests_after_a_while(
         lambda job: job.count("c").result(WAIT),
         lambda job: job.commit([Put("c", ("k",), b"2")]).result(WAIT),
         lambda job: (job.put("c", ("k",), b"3"), job.flush().result(WAIT)),
-        lambda job: asyncio.run(asyncio.wait_for(job.scan("c"), WAIT)),
+        *(lambda job, run=run: run(bounded, lambda: job.scan("c")) for run in LOOPS.values()),  # type: ignore[misc]
     ]
     with Persistency(root, idle_ttl=100.0) as persistency:
         job = persistency.open_job("a", sync_interval=None)

@@ -11,7 +11,7 @@ import asyncio
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +56,7 @@ from persistency import (
 from persistency.actor import upkeep
 from persistency.codec.values import decode, encode
 from persistency.errors import Corrupt
+from tests.loops import LOOPS
 
 WAIT = 20.0
 T0_MS = 1_700_000_000_000
@@ -644,6 +645,7 @@ class Machine(RuleBasedStateMachine):
         self.model = Model(variant.quota, variant.feed)
         self.script = Script(self.model)
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.in_loop: Callable[[Awaitable[Any]], Any] | None = None
         self.places = tempfile.TemporaryDirectory(prefix="machine-", dir=_memory_disk())
         self.openings = 0
         self._patches = [mock.patch.object(upkeep, "REAP_ROWS_MAX", SLICE_ROWS)]
@@ -659,18 +661,21 @@ class Machine(RuleBasedStateMachine):
         options: dict[str, Any] = {"max_bytes": self.variant.quota, "feed_changes_max": self.variant.feed}
         self.job = self.persistency.open_job("job", **({} if plain else options))
 
-    @initialize(in_loop=st.booleans())
-    def choose_the_caller(self, in_loop: bool) -> None:
+    @initialize(caller=st.sampled_from(["thread", "asyncio", "trio"]))
+    def choose_the_caller(self, caller: str) -> None:
         """Make all requests in a plain thread, or all of them within an event loop."""
-        if in_loop:
+        if caller == "asyncio":
             self.loop = asyncio.new_event_loop()
+            self.in_loop = self.loop.run_until_complete
+        if caller == "trio":
+            self.in_loop = lambda awaited: LOOPS["trio"](lambda: awaited)
 
     def answer(self, ask: Callable[[], Any]) -> Any:
         """Make a request and take its answer or its exception."""
         try:
-            if self.loop is None:
+            if self.in_loop is None:
                 return ask().result(WAIT)
-            return self.loop.run_until_complete(_awaited(ask))
+            return self.in_loop(_awaited(ask))
         except BaseException as error:
             return error
 
@@ -706,12 +711,12 @@ class Machine(RuleBasedStateMachine):
                 verbs = [self.script.verb(call) for call in script]
                 return [(self._post(verb), verb.expected) for verb in verbs]
 
-        if self.loop is None:
+        if self.in_loop is None:
             posted = [
                 (reply.exception(WAIT) or reply.result(), expected) for reply, expected in post() if reply is not None
             ]
         else:
-            posted = self.loop.run_until_complete(_gathered(post))
+            posted = self.in_loop(_gathered(post))
         assert_all_same([given for given, _ in posted], [expected for _, expected in posted])
 
     @rule(count=st.integers(60, 140), seed=st.integers(0, 2**16), category=categories, ttl=ttls)

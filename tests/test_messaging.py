@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import random
@@ -35,6 +34,7 @@ from persistency import (
 )
 from persistency.codec.values import decode, encode
 from persistency.storage.memory import MemoryStore
+from tests.loops import InLoop, bounded, together
 
 WAIT = 20.0  # seconds a test waits for what must come
 EXAMPLE = Path(__file__).parent.parent / "examples" / "messaging.py"
@@ -357,7 +357,7 @@ def test_channels_survive_reopening(tmp_path: Path) -> None:
         assert loaded(channels, "general") == Channel(Meta(2, b"\1"), [HELLO, ANSWER])
 
 
-def test_the_same_under_asyncio() -> None:
+def test_the_same_in_event_loops(in_loop: InLoop) -> None:
     """S3-129, S3-130, S3-133: replies of the example are awaited as they are waited for."""
 
     async def session() -> None:
@@ -366,7 +366,7 @@ def test_the_same_under_asyncio() -> None:
             assert await channels.load("general") == Channel()
             channels.update_history("general", appends=[ANSWER, HELLO])
             channels.save_meta("general", Meta(2))
-            both = await asyncio.gather(channels.load("general"), channels.load("other"))
+            both = await together(channels.load("general"), channels.load("other"))
             assert both == [Channel(Meta(2), [HELLO, ANSWER]), Channel()]
             await channels.drop("general")
             assert await channels.load("general") == Channel()
@@ -374,7 +374,7 @@ def test_the_same_under_asyncio() -> None:
             with pytest.raises(Corrupt, match="'general'"):
                 await channels.load("general")
 
-    asyncio.run(asyncio.wait_for(session(), WAIT))
+    in_loop(bounded, session)
 
 
 SESSION = """\

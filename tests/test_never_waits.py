@@ -6,7 +6,6 @@ plain thread at a full mailbox is noted, so the instrument can be trusted where 
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import itertools
 import logging
@@ -26,6 +25,7 @@ import pytest
 
 from persistency import Check, Job, KeyRange, Overloaded, Persistency, Put, Reply, WriteFailed, key
 from tests.crash.cancelling import hold
+from tests.loops import InLoop
 
 WAIT = 20.0  # seconds a test waits for what must come
 BOUND = 8
@@ -271,7 +271,7 @@ FLOODS: dict[str, tuple[dict[str, int], Post]] = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_loop_thread_enters_no_wait(watch: Watch, persistency: Persistency, name: str) -> None:
+def test_a_loop_thread_enters_no_wait(watch: Watch, persistency: Persistency, name: str, in_loop: InLoop) -> None:
     """Promise 4: at a full mailbox a loop's thread goes over the bound by as much again, is refused, and never waits.
 
     Beside it a plain thread waits for room, and is noted.
@@ -304,11 +304,13 @@ def test_a_loop_thread_enters_no_wait(watch: Watch, persistency: Persistency, na
             await drained
             return refused
 
-        assert asyncio.run(main()) == 2 * BOUND + 1
+        assert in_loop(main) == 2 * BOUND + 1
         join(waiting)
 
 
-def test_a_loop_thread_enters_no_wait_beside_busy_threads(watch: Watch, persistency: Persistency) -> None:
+def test_a_loop_thread_enters_no_wait_beside_busy_threads(
+    watch: Watch, persistency: Persistency, in_loop: InLoop
+) -> None:
     """A loop that paces itself enters no wait beside threads that fill the mailbox, and everything is written.
 
     The mailbox's mutex may be somebody else's for a moment; nobody sleeps in it.
@@ -327,7 +329,7 @@ def test_a_loop_thread_enters_no_wait_beside_busy_threads(watch: Watch, persiste
 
     watch.noted.clear()  # of the opening
     threads = start(*(lambda me=me: produce(me) for me in range(3)))  # type: ignore[misc]  # bound now
-    asyncio.run(pace())
+    in_loop(pace)
     assert not watch.waited()
     join(threads)
     assert not watch.with_a_mutex
@@ -335,7 +337,7 @@ def test_a_loop_thread_enters_no_wait_beside_busy_threads(watch: Watch, persiste
     assert job.count("c").result(WAIT) == paced + 3 * each
 
 
-def test_a_loop_thread_enters_no_wait_for_a_resting_job(watch: Watch, tmp_path: Path) -> None:
+def test_a_loop_thread_enters_no_wait_for_a_resting_job(watch: Watch, tmp_path: Path, in_loop: InLoop) -> None:
     """Promise 4: nor is it waited for that a job that rests can be woken, while there is no place for it."""
     with Persistency(tmp_path, max_live_jobs=1) as persistency:
         resting = persistency.open_job("resting", mailbox_ops_max=BOUND)
@@ -355,7 +357,7 @@ def test_a_loop_thread_enters_no_wait_for_a_resting_job(watch: Watch, tmp_path: 
                 await flushed
                 assert await count == 2 * BOUND
 
-            asyncio.run(main())
+            in_loop(main)
 
 
 # -- posts from awkward places ----------------------------------------------------------------------------------------

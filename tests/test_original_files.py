@@ -7,7 +7,6 @@ byte by byte, `tests/codec/test_fixed.py`.
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from persistency import Check, Conflict, Delete, Entry, Key, KeyRange, Misuse, Persistency, Put, RawKey, Row, key
 from persistency.codec.fixed import fixed_key, fixed_payload, i64, u64
+from tests.loops import InLoop, bounded, together
 
 WAIT = 20.0  # seconds a test waits for what must come
 LOW, HIGH = -(2**63), 2**63 - 1
@@ -232,7 +232,7 @@ def test_names_of_the_original_are_adopted(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "nobody's"
 
 
-def test_many_originals_open_at_once_under_asyncio(tmp_path: Path) -> None:
+def test_many_originals_open_at_once_in_an_event_loop(tmp_path: Path, in_loop: InLoop) -> None:
     """S3-39: the files of a whole root are migrated side by side, each with its own rows."""
     ids = [f"job-{number}" for number in range(8)]
     for job_id in ids:
@@ -240,10 +240,10 @@ def test_many_originals_open_at_once_under_asyncio(tmp_path: Path) -> None:
 
     async def main() -> list[bytes | None]:
         async with Persistency(tmp_path) as persistency:
-            jobs = await asyncio.gather(*map(persistency.aopen_job, ids))
-            return await asyncio.gather(*(job.get("log", fixed_key("id")) for job in jobs))
+            jobs = await together(*map(persistency.aopen_job, ids))
+            return await together(*(job.get("log", fixed_key("id")) for job in jobs))
 
-    assert asyncio.run(asyncio.wait_for(main(), WAIT)) == [job_id.encode() for job_id in ids]
+    assert in_loop(bounded, main) == [job_id.encode() for job_id in ids]
 
 
 def test_a_large_original_keeps_every_row(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import subprocess
@@ -14,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from persistency import (
@@ -34,6 +34,7 @@ from persistency.storage import schema, sqlite, wal
 from persistency.storage.port import GetRow
 from persistency.storage.reading import SqliteReader
 from tests.conftest import Wall
+from tests.loops import InLoop, Task, together
 from tests.storage.conftest import child_environment
 from tests.storage.test_reading import Child
 
@@ -696,10 +697,10 @@ def test_a_root_that_is_closed_while_a_reader_opens(
     assert set(threading.enumerate()) <= before
 
 
-# -- asyncio -----------------------------------------------------------------------------------------------------
+# -- event loops -----------------------------------------------------------------------------------------------------
 
 
-def test_under_asyncio(p: Persistency) -> None:
+def test_in_event_loops(p: Persistency, in_loop: InLoop) -> None:
     """Readers are opened, asked, walked over and closed without blocking the loop; no read runs in its thread."""
     job = p.open_job("alpha")
     for at in range(100):
@@ -715,16 +716,16 @@ def test_under_asyncio(p: Persistency) -> None:
     async def main() -> None:
         async with await p.aopen_reader("alpha") as reader:
             assert await reader.get("c", key(7)) == b"7"
-            assert len(await asyncio.gather(*(reader.get("c", key(at)) for at in range(100)))) == 100
+            assert len(await together(*(reader.get("c", key(at)) for at in range(100)))) == 100
             assert await reader.count("c") == 100
             assert [row.key async for row in reader.iterate("c", page=9)] == [key(at) for at in range(100)]
             for at in range(50):
                 await job.commit(Put("c", key(0), b"%d" % at))
                 assert await reader.get("c", key(0)) == b"%d" % at
-            slow = asyncio.ensure_future(reader.scan("c").within(30))
-            slow.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await slow
+            async with anyio.create_task_group() as group:
+                slow = Task(group, reader.scan("c").within(30))
+                slow.cancel()
+            assert slow.cancelled
             assert await reader.exists("c", key(1))
         with pytest.raises(Closed):
             reader.get("c", key(1))
@@ -733,7 +734,7 @@ def test_under_asyncio(p: Persistency) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(SqliteReader, "_ask", note)
-        asyncio.run(main())
+        in_loop(main)
     assert threads
     assert threading.get_ident() not in threads
 

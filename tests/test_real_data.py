@@ -6,7 +6,6 @@ of these files; the same tests always run on generated records of the same shape
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from persistency import Job, Key, KeyRange, Persistency, key
+from tests.loops import InLoop, bounded
 
 WAIT = 60.0
 FOLDER = os.environ.get("PERSISTENCY_DATA")
@@ -147,7 +147,7 @@ def test_packages_survive_reopening(tmp_path: Path, packages: Records) -> None:
         assert job.version().result(WAIT) == packages.rows
 
 
-def test_commits_stream_in_and_come_back_in_time_order(job: Job, commits: Records) -> None:
+def test_commits_stream_in_and_come_back_in_time_order(job: Job, commits: Records, in_loop: InLoop) -> None:
     """Events keyed (repo, time, n), read back while they are streamed: per repository they are in time order."""
     expected: dict[str, list[tuple[int, int, bytes]]] = {}
 
@@ -161,7 +161,7 @@ def test_commits_stream_in_and_come_back_in_time_order(job: Job, commits: Record
                 assert await job.get("commits", k) == line
         assert await job.count("commits") == commits.keys
 
-    asyncio.run(asyncio.wait_for(main(), WAIT))
+    in_loop(bounded, main)
     assert len(commits.lines) == commits.rows
     for repo, events in expected.items():
         rows = job.scan_prefix("commits", (repo,)).result(WAIT)

@@ -8,10 +8,12 @@ import gc
 import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 import apsw
 import pytest
 
@@ -37,6 +39,7 @@ from persistency import (
 )
 from persistency.storage.sqlite import SqliteStore
 from persistency.transaction import Transaction
+from tests.loops import LOOPS, InLoop, Task, bounded, turns
 from tests.storage.conftest import FaultyDisk
 
 WAIT = 20.0
@@ -58,7 +61,7 @@ def job(persistency: Persistency) -> Job:
     return persistency.open_job("job")
 
 
-def in_loop(request_it: Callable[[], Reply[Any]]) -> Any:
+def in_task(request_it: Callable[[], Reply[Any]], loop: str = "asyncio") -> Any:
     """Make a request and take its answer within an event loop, where the worker runs it."""
 
     async def main() -> Any:
@@ -67,21 +70,18 @@ def in_loop(request_it: Callable[[], Reply[Any]]) -> Any:
         except BaseException as error:  # an interrupt that left the loop would end it too
             return None, error
 
-    answer, error = asyncio.run(bounded(main()))
+    answer, error = LOOPS[loop](bounded, main)
     if error is not None:
         raise error
     return answer
 
 
-async def bounded(main: Awaitable[T]) -> T:
-    """Bound a coroutine's time."""
-    return await asyncio.wait_for(main, WAIT)
-
-
-@pytest.fixture(params=["thread", "loop"])
+@pytest.fixture(params=["thread", *LOOPS])
 def ask(request: pytest.FixtureRequest) -> Ask:
     """Make a request and take its answer: in place in a plain thread, or through the worker from an event loop."""
-    return in_loop if request.param == "loop" else lambda request_it: request_it().result(WAIT)
+    if request.param == "thread":
+        return lambda request_it: request_it().result(WAIT)
+    return partial(in_task, loop=request.param)
 
 
 def payloads(job: Job, category: str = "c") -> list[bytes]:
@@ -94,7 +94,7 @@ def assert_alive(job: Job) -> None:
     job.put("alive", K, b"x")
     job.flush().result(WAIT)
     assert job.get("alive", K).result(WAIT) == b"x"
-    assert in_loop(lambda: job.run(lambda tx: tx.get("alive", K))) == b"x"
+    assert in_task(lambda: job.run(lambda tx: tx.get("alive", K))) == b"x"
     assert job.statistics().state == "live"
     assert job.statistics().pending == 0
 
@@ -560,6 +560,12 @@ def test_what_returns_unfinished_work_is_undone(job: Job, ask: Ask, fn: Any, nes
 # -- the transaction afterwards, and elsewhere -----------------------------------------------------------------------
 
 
+def test_a_transaction_knows_its_job(persistency: Persistency) -> None:
+    """Its id, so that whoever is given one can tell whether it is of the right job; also in a part of its own."""
+    job = persistency.open_job("orders")
+    assert job.run(lambda tx: (tx.job_id, tx.run(lambda inner: inner.job_id))).result(WAIT) == ("orders", "orders")
+
+
 TX_VERBS: dict[str, Callable[[Transaction], Any]] = {
     "put": lambda tx: tx.put("c", K, b"x"),
     "put with a ttl": lambda tx: tx.put("c", K, b"x", ttl=5),
@@ -594,7 +600,7 @@ TX_VERBS: dict[str, Callable[[Transaction], Any]] = {
 
 def test_every_verb_of_a_transaction_is_named_here() -> None:
     """So that what is tried below is all there is."""
-    public = {name for name in vars(Transaction) if not name.startswith("_")} - {"now_ms"}
+    public = {name for name in vars(Transaction) if not name.startswith("_")} - {"job_id", "now_ms"}
     assert public == {name.split()[0] for name in TX_VERBS}
 
 
@@ -873,7 +879,7 @@ def test_runs_of_many_threads_are_one_after_the_other(job: Job) -> None:
     assert job.get("c", K).result(WAIT) == b"800"
 
 
-def test_giving_up_a_run_does_not_undo_it(job: Job) -> None:
+def test_giving_up_a_run_does_not_undo_it(job: Job, in_loop: InLoop) -> None:
     """Promise 8: a cancelled task, a timeout, a dropped reply: the run is done, once, and no transaction stays open."""
     calls = 0
 
@@ -883,23 +889,19 @@ def test_giving_up_a_run_does_not_undo_it(job: Job) -> None:
         return tx.increment("n", K)
 
     async def main() -> None:
-        task = asyncio.ensure_future(_run(job, fn))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        async with anyio.create_task_group() as group:
+            task = Task(group, lambda: job.run(fn))
+            await turns()
+            task.cancel()
+        assert calls == 1 or task.cancelled
         assert await job.increment("n", K, 0) == 1
 
-    asyncio.run(bounded(main()))
+    in_loop(bounded, main)
     job.run(fn)
     assert job.run(fn).result(WAIT) == 3
     assert job.run(fn).cancel() is False
     assert calls == 4
     assert_alive(job)
-
-
-async def _run(job: Job, fn: Callable[[Transaction], T]) -> T:
-    return await job.run(fn)
 
 
 # -- faults of the environment ---------------------------------------------------------------------------------------
@@ -965,7 +967,7 @@ def test_a_full_disk_under_a_run_stalls_and_goes_on(tmp_path: Path, disk: Faulty
         job = persistency.open_job("job")
         job.commit(Put("c", (0,), b"x")).result(WAIT)
         disk.arm("write", 3, apsw.SQLITE_FULL)
-        answer = job.run(fn).result(WAIT) if through == "place" else in_loop(lambda: job.run(fn))
+        answer = job.run(fn).result(WAIT) if through == "place" else in_task(lambda: job.run(fn))
         assert disk.fired == 1
         assert answer == 1
         assert calls >= 2

@@ -1,10 +1,10 @@
-"""Shared collections and merge pools: statement by statement, over both adapters, beside threads and under asyncio."""
+"""Shared collections and merge pools: statement by statement, over both adapters, beside threads and in event loops."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
+import queue
 import random
 import string
 import threading
@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ from persistency.shared import store as shared_module
 from persistency.shared.collection import Collection, Record, Snapshot
 from persistency.shared.following import Following, Note, SharedChange
 from persistency.shared.pool import Document, MergePool, merged
+from tests.loops import InLoop, Task, bounded, in_thread, together, turns
 
 WAIT = 20.0  # seconds a test waits for what must come
 START = 1_700_000_000.0
@@ -1540,16 +1542,16 @@ def test_a_follower_that_resumes_misses_nothing(store: SharedStore) -> None:
 # -- event loops --------------------------------------------------------------------------------------------------
 
 
-def test_all_of_it_under_an_event_loop(store: SharedStore, clock: Clock) -> None:
+def test_all_of_it_under_an_event_loop(store: SharedStore, clock: Clock, in_loop: InLoop) -> None:
     """S4-44: what a service does: open, set, get, delete, snapshot, follow, and say goodbye to a client that went."""
 
     async def main() -> None:
-        loop, told = asyncio.get_running_loop(), asyncio.Queue[tuple[Any, SharedChange]]()
-        store.on_change(lambda *heard: loop.call_soon_threadsafe(told.put_nowait, heard))
+        told = queue.SimpleQueue[tuple[Any, SharedChange]]()
+        store.on_change(lambda *heard: told.put(heard))
 
         async def sent(changes: int) -> list[tuple[str, str, int]]:
             """Give what the next changes have the service send: to all who followed, but not to who made it."""
-            heard = [await asyncio.wait_for(told.get(), WAIT) for _ in range(changes)]
+            heard = [await in_thread(told.get, True, WAIT) for _ in range(changes)]
             return [
                 (c, source.id, change.seq) for source, change in heard for c in change.subscribers if c != change.client
             ]
@@ -1560,7 +1562,7 @@ def test_all_of_it_under_an_event_loop(store: SharedStore, clock: Clock) -> None
         assert await store.aget("nothing") is await store.aget_pool("nothing") is None
         users.subscribe("x")
         users.subscribe("y")
-        records = await asyncio.gather(*(users.set({"id": str(at)}, client="x") for at in range(50)))
+        records = await together(*(users.set({"id": str(at)}, client="x") for at in range(50)))
         assert sorted(record.seq for record in records) == list(range(1, 51))
         store.unsubscribe_all("x")
         assert await users.delete("7") == 51
@@ -1577,10 +1579,10 @@ def test_all_of_it_under_an_event_loop(store: SharedStore, clock: Clock) -> None
         assert await sent(2) == [("y", "users", 0)]
         assert (await (await store.aopen("users")).snapshot()).seq == 0
 
-    asyncio.run(main())
+    in_loop(main)
 
 
-def test_opening_does_not_block_the_event_loop(persistency: Persistency) -> None:
+def test_opening_does_not_block_the_event_loop(persistency: Persistency, in_loop: InLoop) -> None:
     """S4-24: while the job is busy other tasks go on."""
     entered, may_go = threading.Event(), threading.Event()
 
@@ -1589,19 +1591,23 @@ def test_opening_does_not_block_the_event_loop(persistency: Persistency) -> None
         assert may_go.wait(WAIT)
 
     async def main(store: SharedStore) -> None:
-        opening = [asyncio.ensure_future(open_) for open_ in (store.aopen("users"), store.aopen_pool("pool"))]
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert not any(task.done() for task in opening)
-        may_go.set()
-        users, pool = await asyncio.wait_for(asyncio.gather(*opening), WAIT)
+        async with anyio.create_task_group() as group:
+            opening = Task(group, store.aopen("users"))
+            opening_pool = Task(group, store.aopen_pool("pool"))
+            await turns(100)
+            assert opening.begun
+            assert opening_pool.begun
+            assert not opening.done
+            assert not opening_pool.done
+            may_go.set()
+            users, pool = await opening, await opening_pool
         assert (users.id, pool.id) == ("users", "pool")
 
     job = persistency.open_job("shared")
     with ThreadPoolExecutor(1) as thread, SharedStore(persistency) as store:
         holding = thread.submit(lambda: job.run(hold).result(WAIT))
         assert entered.wait(WAIT)
-        asyncio.run(main(store))
+        in_loop(bounded, main, store)
         holding.result(WAIT)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import threading
@@ -20,6 +19,7 @@ from persistency.actor.slowness import Slowness
 from persistency.storage.port import Barrier
 from persistency.storage.sqlite import SqliteStore
 from tests.actor.fakes import Actor
+from tests.loops import InLoop, together
 from tests.soak.lives import Quiet
 from tests.test_engine import WAIT
 
@@ -134,15 +134,15 @@ def test_a_group_is_told_with_all_that_was_in_it(told: Told) -> None:
     assert "secret" not in str(told.of("slow_group"))
 
 
-def test_functions_in_a_group_are_named(tmp_path: Path, told: Told) -> None:
-    """Under asyncio functions go through the line; each is named, the most frequent first."""
+def test_functions_in_a_group_are_named(tmp_path: Path, told: Told, in_loop: InLoop) -> None:
+    """In an event loop functions go through the line; each is named, the most frequent first."""
 
     async def ask() -> None:
         async with Persistency(tmp_path, slow_after=0) as persistency:
             job = await persistency.aopen_job("a")
-            await asyncio.gather(*(job.run(ship, number) for number in range(3)), job.run(lambda _tx: None))
+            await together(*(job.run(ship, number) for number in range(3)), job.run(lambda _tx: None))
 
-    asyncio.run(ask())
+    in_loop(ask)
     named = Counter(name for fields in told.of("slow_group") for name in fields["functions"])
     assert set(named) == {"ship", "test_functions_in_a_group_are_named.<locals>.ask.<locals>.<lambda>"}
     assert sum(fields["kinds"].get("run", 0) for fields in told.of("slow_group")) == 4
@@ -170,7 +170,7 @@ def test_upkeep_is_told(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPa
     assert {fields["what"] for fields in told.of("slow_upkeep")} <= {"checkpoint", "sync", "fold", "reap"}
 
 
-def test_what_is_fast_isnt_told(tmp_path: Path, told: Told, hands: Hands) -> None:
+def test_what_is_fast_isnt_told(tmp_path: Path, told: Told, hands: Hands, in_loop: InLoop) -> None:
     """Only from `slow_after` on, in place and in groups, to the very moment; what failed is told of, too."""
     with Persistency(tmp_path, slow_after=0.5) as persistency:
         job = persistency.open_job("a")
@@ -190,7 +190,7 @@ def test_what_is_fast_isnt_told(tmp_path: Path, told: Told, hands: Hands) -> Non
             await job.run(take, 0.25)
             await job.run(take, 0.75)
 
-        asyncio.run(ask())
+        in_loop(ask)
         assert [fields["took_ms"] for fields in told.of("slow_group")] == [750.0]
 
 

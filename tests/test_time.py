@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from persistency.arguments import TTL_SECONDS_MAX
 from persistency.storage.memory import MemoryStore
 from persistency.storage.sqlite import SqliteStore
 from tests.conftest import T0_MS, Wall
+from tests.loops import LOOPS
 
 WAIT = 20.0
 K = key("k")
@@ -107,7 +107,7 @@ def in_thread(job: Job) -> Seen:
     return {**seen, "iterate over keys": list(job.iterate("c", keys_only=True))}
 
 
-def in_loop(job: Job) -> Seen:
+def in_task(job: Job, loop: str = "asyncio") -> Seen:
     """Read through the worker, each request alone."""
 
     async def main() -> Seen:
@@ -115,7 +115,12 @@ def in_loop(job: Job) -> Seen:
         seen["iterate"] = [row async for row in job.iterate("c", page=1)]
         return {**seen, "iterate over keys": [k async for k in job.iterate("c", keys_only=True)]}
 
-    return asyncio.run(main())
+    return LOOPS[loop](main)
+
+
+def in_trio(job: Job) -> Seen:
+    """Read the same in a task of trio's."""
+    return in_task(job, "trio")
 
 
 def in_group(job: Job) -> Seen:
@@ -140,7 +145,7 @@ def in_run(job: Job) -> Seen:
     return job.run(fn).result(WAIT)
 
 
-@pytest.mark.parametrize("view", [in_thread, in_loop, in_group, in_run])
+@pytest.mark.parametrize("view", [in_thread, in_task, in_trio, in_group, in_run])
 def test_every_read_sees_a_row_until_its_very_end(job: Job, wall: Wall, view: View) -> None:
     """S0-28, S0-31 to S0-35, S0-39, S2-12, S2-14: live at expires - 1 ms, gone at expires, on every read path."""
     job.put("c", K, b"payload", ttl=1)
@@ -154,7 +159,7 @@ def test_every_read_sees_a_row_until_its_very_end(job: Job, wall: Wall, view: Vi
 
 
 @pytest.mark.usefixtures("unreaped")
-@pytest.mark.parametrize("view", [in_thread, in_loop, in_group, in_run])
+@pytest.mark.parametrize("view", [in_thread, in_task, in_trio, in_group, in_run])
 def test_no_read_relies_on_what_was_reaped(job: Job, wall: Wall, view: View) -> None:
     """S0-42: rows that have ended are not seen although they are still there."""
     job.put("c", K, b"payload", ttl=1)
@@ -519,7 +524,7 @@ def test_a_ttl_for_a_deletion_is_refused(persistency: Persistency) -> None:
 # -- the clock ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("view", [in_thread, in_loop, in_group, in_run])
+@pytest.mark.parametrize("view", [in_thread, in_task, in_trio, in_group, in_run])
 def test_a_clock_that_steps_back_revives_nothing(job: Job, wall: Wall, view: View) -> None:
     """Promise 9: a job's time never goes back, so what has ended stays so, reaped or not."""
     job.put("c", K, b"payload", ttl=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import gzip
 import hashlib
@@ -48,6 +47,7 @@ from persistency.codec.stream import Items
 from persistency.codec.values import encode
 from persistency.storage.port import ListRows, StoredRow
 from tests.conftest import T0_MS, Wall
+from tests.loops import InLoop, together, turns
 from tests.test_real_data import NEEDS_FOLDER, made_commits, made_packages, stored_lines
 
 WAIT = 60.0
@@ -633,16 +633,20 @@ class Gated(io.BytesIO):
         return super().write(data)
 
 
-def test_both_are_awaited_under_asyncio(job: Job, other: Job) -> None:
+def test_both_are_awaited_in_an_event_loop(job: Job, other: Job, in_loop: InLoop) -> None:
     """The event loop goes on meanwhile, and can do what the work waits for."""
 
     async def main() -> None:
         fill(job, 1_000)
         file = Gated()
         reply = job.export(file)
-        asyncio.get_running_loop().call_soon(file.gate.set)
         assert not reply.done()
-        assert await reply == 1_000
+
+        async def open_gate() -> None:
+            await turns()
+            file.gate.set()
+
+        assert await together(reply, open_gate) == [1_000, None]
         file.seek(0)
         assert await other.import_(file) == 1_000
         with pytest.raises(Corrupt):
@@ -650,7 +654,7 @@ def test_both_are_awaited_under_asyncio(job: Job, other: Job) -> None:
         with pytest.raises(Unavailable):
             await job.export("/missing/file")
 
-    asyncio.run(main())
+    in_loop(main)
     assert state(other) == state(job)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import pickle
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from persistency import (
 )
 from persistency.codec.values import decode, encode
 from tests.conftest import T0_MS, Wall
+from tests.loops import LOOPS, InLoop, bounded, together
 
 WAIT = 20.0
 K = key("k")
@@ -45,25 +46,12 @@ def job(persistency: Persistency) -> Job:
     return persistency.open_job("job")
 
 
-@pytest.fixture(params=["thread", "loop"])
+@pytest.fixture(params=["thread", *LOOPS])
 def ask(request: pytest.FixtureRequest) -> Ask:
     """Make a request and take its answer: in a plain thread, or within an event loop."""
-
-    async def in_loop(request_it: Callable[[], Reply[Any]]) -> Any:
-        return await request_it()
-
     if request.param == "thread":
         return lambda request_it: request_it().result(WAIT)
-    return lambda request_it: run(in_loop(request_it))
-
-
-def run(main: Awaitable[T]) -> T:
-    """Run a coroutine in a loop of its own; a hang is a failure."""
-
-    async def bounded() -> T:
-        return await asyncio.wait_for(main, WAIT)
-
-    return asyncio.run(bounded())
+    return partial(LOOPS[request.param], bounded)
 
 
 def race(count: int, act: Callable[[int], T]) -> list[T]:
@@ -334,13 +322,13 @@ def test_of_sixteen_racing_creations_on_an_ended_row_one_wins(job: Job, wall: Wa
         assert won.count(True) == 1
 
 
-def test_of_sixteen_racing_tasks_one_wins(job: Job) -> None:
+def test_of_sixteen_racing_tasks_one_wins(job: Job, in_loop: InLoop) -> None:
     """S2-29: the same within one event loop."""
 
     async def main() -> list[bool]:
-        return await asyncio.gather(*(_create(job, b"%d" % me) for me in range(16)))
+        return await together(*(_create(job, b"%d" % me) for me in range(16)))
 
-    won = run(main())
+    won = in_loop(bounded, main)
     assert won.count(True) == 1
     assert job.get("c", K).result(WAIT) == b"%d" % won.index(True)
 
@@ -518,15 +506,15 @@ def test_sixteen_threads_count_to_16_000(persistency: Persistency, inline: bool)
     assert job.version().result(WAIT) == 16_000
 
 
-def test_tasks_and_threads_count_together(job: Job) -> None:
+def test_tasks_and_threads_count_together(job: Job, in_loop: InLoop) -> None:
     """S2-33: an event loop with 100 tasks beside 4 threads, none of them losing a step."""
 
     async def tasks() -> None:
-        await asyncio.gather(*(_count(job, 20) for _ in range(100)))
+        await together(*(_count(job, 20) for _ in range(100)))
 
     def act(me: int) -> None:
         if me == 0:
-            run(tasks())
+            in_loop(bounded, tasks)
         else:
             for _ in range(500):
                 job.increment("n", K, 2).result(WAIT)

@@ -218,10 +218,7 @@ class Reply(Future[T]):
     _waiters: list[Any] = property(_have_waiters)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
     def _wait(self, timeout: float | None) -> None:
-        if timeout is not None and (not isinstance(timeout, int | float) or isinstance(timeout, bool)):
-            raise Misuse(f"timeout must be a number, not {type(timeout).__name__}: pass seconds, or None")
-        if timeout is not None and not timeout >= 0:
-            raise Misuse(f"timeout must be 0 or more seconds, not {timeout!r}")
+        _check(timeout)
         if self._is_abandoned():
             return
         if self._line is not None and self._line.waits_for_itself():
@@ -253,6 +250,7 @@ class Reply(Future[T]):
 
     async def within(self, timeout: float | None) -> T:
         """Await the answer for at most `timeout` seconds, then raise `TimeoutError`; the request goes on."""
+        _check(timeout)
         if self._state == PENDING:
             await _Wait(self, timeout)
         return await self
@@ -324,6 +322,15 @@ class Reply(Future[T]):
     def __repr__(self) -> str:
         outcome = f" raised {type(self._exception).__name__}" if self._exception is not None else ""
         return f"<Reply {self._state.split('_')[0].lower()}{outcome}>"
+
+
+def _check(timeout: Any) -> None:
+    if timeout is None:
+        return
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
+        raise Misuse(f"timeout must be a number, not {type(timeout).__name__}: pass seconds, or None")
+    if not timeout >= 0:  # NaN too
+        raise Misuse(f"timeout must be 0 or more seconds, not {timeout!r}")
 
 
 class _Wait:

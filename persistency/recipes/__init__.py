@@ -4,11 +4,11 @@ A recipe works on a *runner*: a `Job`, or a `Baton`, by which several processes 
 
 Rules:
   1. They stand on the public surface of the package alone: what they do a service could do itself.
-  2. Whatever one does is one transaction; its rows are one category: the recipe's `name`, or `locks` and `limits`, which
-     many locks and limits share.
+  2. Whatever one does is one transaction; its rows are one category: the recipe's `name`, or `locks`, which all locks
+     share.
   3. A verb that answers at once or later gives a `Reply`; one that waits for something to happen has two forms, for
      threads and for event loops.
-  4. They are imported when they are asked for, and nothing outside this folder imports them.
+  4. They are imported when they are asked for, and nothing below them imports them.
 
 Doesn't know: how a job is run, or stored.
 """

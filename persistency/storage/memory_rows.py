@@ -109,9 +109,14 @@ class Rows:
 
     def span(self, start: bytes, stop: bytes | None) -> list[bytes]:
         """Return the keys with start <= key < stop in order."""
+        keys, places = self.places(start, stop)
+        return keys[places.start : places.stop]
+
+    def places(self, start: bytes, stop: bytes | None) -> tuple[list[bytes], range]:
+        """Return all keys in order, and the places of those with start <= key < stop: nothing is copied."""
         keys = self.keys()
-        end = len(keys) if stop is None else bisect_left(keys, stop)
-        return keys[bisect_left(keys, start) : end]
+        begin = bisect_left(keys, start)
+        return keys, range(begin, max(begin, len(keys) if stop is None else bisect_left(keys, stop)))
 
 
 _NO_ROWS = Rows()
@@ -167,9 +172,10 @@ class Table:
         self, category: bytes, start: bytes, stop: bytes | None, *, reverse: bool = False
     ) -> Iterator[tuple[bytes, Row]]:
         rows = self.categories.get(category, _NO_ROWS)
-        keys = rows.span(start, stop)
+        keys, places = rows.places(start, stop)
         now_ms = self.now_ms
-        return ((key, row) for key in (reversed(keys) if reverse else keys) if live(row := rows.rows[key], now_ms))
+        found = map(keys.__getitem__, reversed(places) if reverse else places)
+        return ((key, row) for key in found if live(row := rows.rows[key], now_ms))
 
     def _get_entry(self, message: GetEntry) -> StoredRow | None:
         row = self.row(message.category, message.key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from persistency.actor.bounds import Bounds
 from persistency.actor.mailbox import Mailbox
 from persistency.errors import Closed, Overloaded
 from persistency.storage.port import Barrier, GetRow, LastVersion
+from tests.loops import InLoop, together
 
 
 def in_thread(fn: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -193,7 +193,7 @@ def test_reads_do_not_wait_behind_writers_who_wait_for_room() -> None:
         thread.join(WAIT)
 
 
-def test_a_loop_thread_never_waits_and_may_go_over_by_as_much_again() -> None:
+def test_a_loop_thread_never_waits_and_may_go_over_by_as_much_again(in_loop: InLoop) -> None:
     """Promise 4: a thread that runs an event loop is refused, not blocked, and only beyond twice the bound."""
     with Actor(ops_max=4) as actor:
         actor.hold()
@@ -208,10 +208,10 @@ def test_a_loop_thread_never_waits_and_may_go_over_by_as_much_again() -> None:
                 assert "event loop" in str(error)
             return taken
 
-        assert asyncio.run(flood()) == 8
+        assert in_loop(flood) == 8
 
 
-def test_as_many_pacing_tasks_as_the_bound_counts_are_never_refused() -> None:
+def test_as_many_pacing_tasks_as_the_bound_counts_are_never_refused(in_loop: InLoop) -> None:
     """Promise 4: tasks that await drain() after every put are never refused."""
     with Actor(ops_max=16) as actor:
 
@@ -221,9 +221,9 @@ def test_as_many_pacing_tasks_as_the_bound_counts_are_never_refused() -> None:
                 await actor.mailbox.drain()
 
         async def main() -> None:
-            await asyncio.gather(*(task(name) for name in range(16)))
+            await together(*(task(name) for name in range(16)))
 
-        asyncio.run(main())
+        in_loop(main)
         actor.mailbox.write(Barrier(), 0, 0, free=True).result(WAIT)
         assert actor.worker.statistics().committed == 800
 

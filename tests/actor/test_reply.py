@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 from fakes import WAIT, Actor
 
@@ -18,6 +20,7 @@ from persistency.actor import reply as reply_module
 from persistency.actor.reply import Reply
 from persistency.actor.settling import cancel, new_reply, pending, ready, settle_all, tell_if_unseen
 from persistency.errors import Misuse
+from tests.loops import LOOPS, GivenUp, InLoop, Task, bounded, in_thread, together, turns
 
 
 class Line:
@@ -138,12 +141,15 @@ def test_await_from_several_loops_in_several_threads() -> None:
         return await reply
 
     async def several() -> list[int]:
-        tasks = [asyncio.ensure_future(waits()) for _ in range(3)]
-        await asyncio.sleep(0)
-        await asyncio.get_running_loop().run_in_executor(None, waiting.wait, WAIT)
-        return await asyncio.gather(*tasks)
+        async with anyio.create_task_group() as group:
+            tasks = [Task(group, waits) for _ in range(3)]
+            await turns()
+            assert all(task.begun for task in tasks)
+            await in_thread(waiting.wait, WAIT)
+            return [await task for task in tasks]
 
-    threads = [threading.Thread(target=lambda: results.extend(asyncio.run(several()))) for _ in range(3)]
+    runs = LOOPS.values()
+    threads = [threading.Thread(target=lambda run=run: results.extend(run(several))) for run in runs]  # type: ignore[misc]
     for thread in threads:
         thread.start()
     waiting.wait(WAIT)
@@ -154,7 +160,7 @@ def test_await_from_several_loops_in_several_threads() -> None:
 
 
 def test_a_group_wakes_each_loop_once() -> None:
-    """One group of replies is one call_soon_threadsafe per event loop, however many tasks wait."""
+    """One group of replies is one call_soon_threadsafe per event loop, however many tasks wait (trio's: test_loops)."""
     replies = [asked() for _ in range(50)]
     wakeups = 0
 
@@ -209,33 +215,28 @@ def test_wrap_future_and_wait_for() -> None:
     asyncio.run(main())
 
 
-def test_a_cancelled_task_withdraws_its_read_unless_others_want_it() -> None:
+def test_a_cancelled_task_withdraws_its_read_unless_others_want_it(in_loop: InLoop) -> None:
     """Promise 8: the last one to give up a read takes it out of the line; others aren't touched."""
 
     async def main() -> None:
         reply = asked()
         mapped = reply.map(str)
 
-        async def wait_mapped() -> Any:
-            return await mapped
-
-        async def wait_plain() -> Any:
-            return await reply
-
-        first, second = asyncio.ensure_future(wait_plain()), asyncio.ensure_future(wait_mapped())
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert not reply.cancelled()
-        second.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await second
+        async with anyio.create_task_group() as group:
+            first, second = Task(group, reply), Task(group, mapped)
+            await turns()
+            first.cancel()
+            await turns()
+            assert first.cancelled
+            assert not reply.cancelled()
+            second.cancel()
+            with pytest.raises(GivenUp):
+                await second
         assert reply.cancelled()
         assert mapped.cancelled()
         assert mapped.done()
 
-    asyncio.run(main())
+    in_loop(main)
 
 
 def test_a_loop_that_was_closed_harms_nobody() -> None:
@@ -379,7 +380,7 @@ def test_waiting_for_oneself_is_refused() -> None:
 
 
 def test_awaiting_without_a_loop_is_refused() -> None:
-    """A pending reply can only be awaited where asyncio runs; the error says what to do instead."""
+    """A pending reply can only be awaited where a loop runs; the error says what to do instead."""
     with pytest.raises(Misuse, match=r"reply\.result\(\)"):
         asked().__await__().send(None)
 
@@ -403,7 +404,7 @@ def test_replies_do_not_keep_their_tracebacks_alive() -> None:
         gc.enable()
 
 
-def test_a_storm_of_settling_cancelling_and_waiting_settles_everything() -> None:
+def test_a_storm_of_settling_cancelling_and_waiting_settles_everything(in_loop: InLoop) -> None:
     """Promise 7: every reply is settled, whoever waits for it how."""
     rng = random.Random(5)
     with Actor() as actor:
@@ -414,23 +415,23 @@ def test_a_storm_of_settling_cancelling_and_waiting_settles_everything() -> None
             if kind == 0:
                 await reply
             elif kind == 1:
-                task = asyncio.ensure_future(asyncio.wait_for(reply, 5))
-                await asyncio.sleep(0)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                async with anyio.create_task_group() as group:
+                    task = Task(group, reply.within(5))
+                    await anyio.lowlevel.checkpoint()
+                    task.cancel()
             else:
                 reply.cancel()
             try:
-                await asyncio.wait_for(reply, WAIT)
+                await bounded(lambda: reply)
             except concurrent.futures.CancelledError:
                 assert reply.cancelled()
             assert reply.done()
 
         async def main() -> None:
-            await asyncio.gather(*(one() for _ in range(500)))
+            await together(*(one() for _ in range(500)))
 
         for _ in range(4):
-            asyncio.run(main())
+            in_loop(main)
 
 
 def reply_message() -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 from fakes import WAIT, Actor
 
@@ -34,6 +35,7 @@ from persistency.actor.waiters import Waiters
 from persistency.errors import Corrupt
 from persistency.storage.memory import MemoryStore
 from persistency.storage.port import Barrier, Batch, Failed, ListChanges, SetRow, StoredChange, StoreOptions, TouchRow
+from tests.loops import InLoop, Task, bounded, turns
 
 T0_MS = 1_700_000_000_000
 
@@ -444,43 +446,40 @@ def test_what_was_undone_answers_nobody(job: Job) -> None:
     assert reply.result(WAIT) == [Change(1, "put", "c", key(3), b"y", None)]
 
 
-def test_a_cancelled_task_leaves_no_waiter(job: Job) -> None:
-    """Promise 8: giving up under asyncio takes the request out, whenever it comes."""
+def test_a_cancelled_task_leaves_no_waiter(job: Job, in_loop: InLoop) -> None:
+    """Promise 8: giving up in an event loop takes the request out, whenever it comes."""
 
     async def main() -> None:
-        for turns in range(50):
-            task = asyncio.ensure_future(_changes(job))
-            for _ in range(turns % 3):
-                await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        for number in range(50):
+            async with anyio.create_task_group() as group:
+                task = Task(group, lambda: job.changes(0, 10, wait=True))
+                for _ in range(number % 3):
+                    await anyio.lowlevel.checkpoint()
+                task.cancel()
+            assert task.cancelled
         await job.flush()
 
-    asyncio.run(main())
+    in_loop(main)
     worker = job._statistics.__self__  # type: ignore[attr-defined]  # a bound method
     assert not worker.waiters
     job.put("c", (1,), b"x")
     assert len(job.changes(0, 10, wait=True).result(WAIT)) == 1
 
 
-async def _changes(job: Job) -> list[Change]:
-    return await job.changes(0, 10, wait=True)
-
-
-def test_a_loop_waits_beside_its_own_writes(job: Job) -> None:
-    """Under asyncio one task waits while another one writes; an abandoned one of several takes nobody along."""
+def test_a_loop_waits_beside_its_own_writes(job: Job, in_loop: InLoop) -> None:
+    """In an event loop one task waits while another one writes; an abandoned one of several takes nobody along."""
 
     async def main() -> None:
-        waiting = [asyncio.ensure_future(_changes(job)) for _ in range(4)]
-        await job.flush()
-        waiting[0].cancel()
-        await job.commit(Put("c", (1,), b"x"))
-        results = await asyncio.gather(*waiting, return_exceptions=True)
-        assert isinstance(results[0], asyncio.CancelledError)
-        assert [len(result) for result in results[1:]] == [1, 1, 1]  # type: ignore[arg-type]
+        async with anyio.create_task_group() as group:
+            waiting = [Task(group, job.changes(0, 10, wait=True)) for _ in range(4)]
+            await turns()
+            await job.flush()
+            waiting[0].cancel()
+            await job.commit(Put("c", (1,), b"x"))
+        assert [task.cancelled for task in waiting] == [True, False, False, False]
+        assert [len(await task) for task in waiting[1:]] == [1, 1, 1]
 
-    asyncio.run(asyncio.wait_for(main(), WAIT))
+    in_loop(bounded, main)
 
 
 @pytest.mark.parametrize("close", ["job", "persistency", "drop"])

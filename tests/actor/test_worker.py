@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import logging
 import threading
@@ -15,6 +14,7 @@ from fakes import WAIT, Actor, HeldStore
 from persistency.errors import Closed, Conflict, Corrupt, DiskFull, Failure, Poisoned, StorageError, WriteFailed
 from persistency.ops import Check, Delete, Put
 from persistency.storage.port import Barrier, Batch, DropRow, Expect, GetRow, OutcomeUnknown
+from tests.loops import InLoop
 
 
 def failing_batch(key: bytes = b"k") -> Batch:
@@ -51,7 +51,7 @@ def test_a_request_that_finds_the_job_idle_is_run_by_its_caller() -> None:
         assert actor.mailbox.write(Barrier(), 0, 0, free=True).done()
 
 
-def test_under_a_loop_only_point_reads_are_run_in_place() -> None:
+def test_under_a_loop_only_point_reads_are_run_in_place(in_loop: InLoop) -> None:
     """Scans and commits of an event loop go to the worker; with inline=False point reads do too."""
 
     async def main(actor: Actor, *, inline: bool) -> None:
@@ -65,7 +65,7 @@ def test_under_a_loop_only_point_reads_are_run_in_place() -> None:
 
     for inline in (True, False):
         with Actor(inline=inline) as actor:
-            asyncio.run(main(actor, inline=inline))
+            in_loop(main, actor, inline=inline)
 
 
 def test_reads_stand_in_line_behind_the_writes_before_them() -> None:

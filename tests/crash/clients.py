@@ -6,7 +6,6 @@ the histories the job's turn is held at first, so that the calls stand in line.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
 import sys
@@ -15,14 +14,19 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import anyio
+import anyio.lowlevel
+
 from persistency import Conflict, Job, Overloaded, Persistency, Reply
 from persistency.codec.values import encode
 from tests.crash.histories import KEYS, NUMBER, TEXT, VERBS, Call, History, Item, State, Undone, overlap
+from tests.loops import LOOPS, together
 
 WAIT = 20.0  # seconds for what must come
 SWITCH_SECONDS = 1e-6
@@ -105,7 +109,7 @@ class Client:
             if len(self._waiting) >= self._window:
                 await self._atake_all()
             elif self._rng.randrange(2):
-                await asyncio.sleep(0)
+                await anyio.lowlevel.checkpoint()
         await self._atake_all()
 
     async def _atake_all(self) -> None:
@@ -113,7 +117,8 @@ class Client:
         waiting, self._waiting = self._waiting, []
         for call, reply in waiting:
             with self._noting(call):
-                self._note(call, await asyncio.wait_for(reply, WAIT))
+                with anyio.fail_after(WAIT):
+                    self._note(call, await reply)
 
     def _post(self) -> None:
         maker, rng = self._maker, self._rng
@@ -236,7 +241,8 @@ class Maker:
                 tasks = [
                     Client(self, f"task {number}.{task}", self._other()) for task in range(self._rng.randint(1, 2))
                 ]
-                clients.append(lambda tasks=tasks: asyncio.run(_gather(tasks)))  # type: ignore[misc]  # bound now
+                run = LOOPS["trio" if number % 2 else "asyncio"]
+                clients.append(partial(run, _gather, tasks))
         return clients
 
     def _other(self) -> random.Random:
@@ -253,7 +259,7 @@ class Maker:
 
 
 async def _gather(tasks: list[Client]) -> None:
-    await asyncio.gather(*(task.in_loop() for task in tasks))
+    await together(*(task.in_loop() for task in tasks))
 
 
 # -- many of them -----------------------------------------------------------------------------------------------------

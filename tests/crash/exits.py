@@ -143,6 +143,42 @@ def asyncio_run(root: str) -> None:
 
 
 @case
+def trio_run(root: str) -> None:
+    """Post in a run of trio that ends, then return from main."""
+    import trio
+
+    async def work() -> None:
+        leave_pending(root)
+
+    trio.run(work)
+
+
+@case
+def trio_exits(root: str) -> None:
+    """Post in a task of trio's, and exit in it."""
+    import trio
+
+    async def work() -> None:
+        leave_pending(root)
+        sys.exit(3)
+
+    trio.run(work)
+
+
+@case
+def trio_interrupted(root: str) -> None:
+    """Post in a task of trio's, and get a Ctrl-C that nobody catches."""
+    import trio
+
+    async def work() -> None:
+        leave_pending(root)
+        signal.raise_signal(signal.SIGINT)
+        await trio.sleep_forever()
+
+    trio.run(work)
+
+
+@case
 def closes_too_late(root: str) -> None:
     """Give up waiting for a close, then return from main."""
     persistency, (job,) = open_all(root, "alpha")

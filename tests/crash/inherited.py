@@ -51,6 +51,16 @@ def _awaited(call: Callable[[Any], Any]) -> Verb:
     return lambda handle: asyncio.run(main(handle))
 
 
+def _awaited_in_trio(call: Callable[[Any], Any]) -> Verb:
+    """Return a verb that awaits what `call` gives, in a run of trio's."""
+    import trio
+
+    async def main(handle: Any) -> Any:
+        return await call(handle)
+
+    return lambda handle: trio.run(main, handle)
+
+
 def _walked(call: Callable[[Any], Any]) -> Verb:
     async def main(handle: Any) -> None:
         async for _ in call(handle):
@@ -70,6 +80,7 @@ READS: dict[str, Verb] = {
     "exists": lambda h: h.exists("rows", (0,)),
     "get": lambda h: h.get("rows", (0,)),
     "get, awaited": _awaited(lambda h: h.get("rows", (0,))),
+    "get, awaited in trio": _awaited_in_trio(lambda h: h.get("rows", (0,))),
     "get_many": lambda h: h.get_many("rows", [(0,), (1,)]),
     "iterate": lambda h: list(h.iterate("rows")),
     "iterate, async": _walked(lambda h: h.iterate("rows")),
@@ -116,6 +127,7 @@ PERSISTENCY: dict[str, Verb] = {
     "aclose": _awaited(lambda p: p.aclose()),
     "adrop_job": _awaited(lambda p: p.adrop_job("alpha")),
     "aopen_job": _awaited(lambda p: p.aopen_job("alpha")),
+    "aopen_job in trio": _awaited_in_trio(lambda p: p.aopen_job("alpha")),
     "aopen_reader": _awaited(lambda p: p.aopen_reader("alpha")),
     "close": lambda p: p.close(),
     "close_job": lambda p: p.close_job("alpha"),
