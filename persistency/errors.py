@@ -163,7 +163,7 @@ class Poisoned(PersistencyError):
 class JobLocked(PersistencyError):
     """Another process owns the job. `pid` is its process id, or `None` if it can't be told."""
 
-    hint = "Use the job through the process that owns it, stop that process, or share it by a Baton (persistency.recipes)."
+    hint = "Use the job through the process that owns it, or share it by a Baton (persistency.recipes)."
     retryable = True
 
     def __init__(self, message: str, pid: int | None = None, *, hint: str | None = None) -> None:

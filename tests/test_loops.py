@@ -953,7 +953,7 @@ def test_a_bound_that_is_none_is_misuse_in_every_loop(timeout: Any, in_loop: InL
     """What `result(timeout)` refuses `within` refuses too, and in the same words, whatever the loop makes of it."""
 
     async def main() -> None:
-        with pytest.raises(Misuse, match="^timeout must be"):
+        with pytest.raises(Misuse, match=r"^timeout must be"):
             await asked().within(timeout)
 
     in_loop(main)
