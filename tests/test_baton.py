@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from persistency import CBOR, Closed, Forked, JobLocked, Misuse, Overloaded, Persistency, QuotaExceeded, Transaction
-from persistency.recipes import Baton, baton_pace
+from persistency.recipes import Baton, baton_pace, baton_process
 from persistency.recipes import baton as baton_module
 from persistency.recipes.baton_pace import Pace
 from persistency.recipes.runner import as_runner, place_of, poll_of
@@ -208,6 +209,62 @@ def test_a_full_baton_refuses(
             baton.run(count)
         holder.communicate("\n", timeout=WAIT)
         assert [reply.result(WAIT) for reply in replies] == [1, 2, 3]
+
+
+def test_bytes_that_wait_are_bounded_too(
+    persistency: Persistency, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few large values are as much as many small ones; one alone is accepted however large it is."""
+    monkeypatch.setattr(baton_module, "BYTES_MAX", 100)
+
+    def size(tx: Transaction, body: bytes) -> int:
+        tx.put("row", (len(body),), body)
+        return len(body)
+
+    with Baton(persistency, "shared") as baton:
+        replies = [baton.run(size, bytes(50)), baton.run(size, bytes(50))]
+        with pytest.raises(Overloaded):
+            baton.run(size, b"x")
+        holder.communicate("\n", timeout=WAIT)
+        assert [reply.result(WAIT) for reply in replies] == [50, 50]
+        assert baton.run(size, bytes(1_000)).result(WAIT) == 1_000
+        assert baton._nbytes == 0
+
+
+def test_an_interrupt_while_its_thread_begins_leaves_one_server(
+    persistency: Persistency, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that was interrupted isn't made, by nobody; the next one is, and closing waits for it."""
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if not thread.name.startswith("baton:"):
+            return
+        begun.append(thread)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        raise KeyboardInterrupt
+
+    with Baton(persistency, "shared") as baton:
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            baton.run(count)
+        begun[0].join(WAIT)
+        assert baton._server is None
+        assert baton.run(count).result(WAIT) == 1
+
+
+def test_a_seat_goes_with_the_last_baton_that_wants_it(persistency: Persistency) -> None:
+    """A process that has a baton for every tenant it ever served keeps nothing of them."""
+    for n in range(20):
+        Baton(persistency, f"tenant{n}").close(WAIT)
+    one, other = Baton(persistency, "one"), Baton(persistency, "one")
+    assert one._seat is other._seat
+    gc.collect()
+    assert set(baton_process._seats[persistency]) == {"one"}
+    one.close(WAIT)
+    other.close(WAIT)
 
 
 def test_a_job_that_cant_be_opened_is_told_to_every_caller(persistency: Persistency) -> None:

@@ -96,7 +96,7 @@ def _hold(job: Job, entered: threading.Event, released: threading.Event) -> Any:
         entered.set()
         assert released.wait(WAIT)
 
-    return program(wait, (), job._now_ms, job._mailbox)
+    return program(wait, (), job.id, job._now_ms, job._mailbox)
 
 
 def test_puts_to_a_busy_worker_wake_nobody(job: Job, counts: Counter[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import gc
 import os
 import queue
@@ -9,8 +11,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -21,13 +26,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from persistency import CBOR, Closed, Job, Misuse, Persistency, Reply, StorageError, Transaction
-from persistency.recipes import Grant, Lock, LockLost, lock_grant, lock_keeper
+from persistency.recipes import Baton, Grant, Lock, LockLost, lock_grant, lock_keeper, lock_rows
 from persistency.recipes.lock_line import Line
 from persistency.testing import ManualClock
 from tests.crash.holders import PLANTS
 from tests.crash.running import PROJECT
 from tests.loops import WAIT, InLoop, Task, bounded, together
-from tests.soak.locks import judge, storm
+from tests.soak.locks import Judged, enough, judge, storm
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -270,6 +275,98 @@ def test_lock_that_comes_too_late_is_given_back(job: Job) -> None:
         assert grant.held
 
 
+def test_free_lock_is_had_with_a_timeout_of_0(job: Job, in_loop: InLoop) -> None:
+    """However long the answer of the one attempt takes: in a loop, where it never comes at once, and in a thread."""
+
+    async def main() -> None:
+        for number in range(20):
+            async with await Lock(job, f"lock {number}").aacquire(timeout=0):
+                with pytest.raises(TimeoutError):
+                    await Lock(job, f"lock {number}").aacquire(timeout=0)
+
+    in_loop(bounded, main)
+    runner = Held(job)
+    waiting = in_thread(lambda: Lock(runner, "one").acquire(timeout=0))
+    runner.make()
+    runner.holds = False
+    assert waiting.result(WAIT).release().result()
+
+
+def test_free_lock_of_a_baton_is_had_with_a_timeout_of_0(tmp_path: Path) -> None:
+    """The baton has to open the job first; a held one is refused after one look."""
+    with Persistency(tmp_path) as store, Baton(store, "locks") as baton:
+        with Lock(baton, "one").acquire(timeout=0), pytest.raises(TimeoutError):
+            Lock(baton, "one").acquire(timeout=0)
+        with Lock(baton, "one").acquire(timeout=timedelta(seconds=WAIT)) as grant:
+            assert grant.held
+
+
+def test_attempt_nobody_has_looked_at_is_given_back(job: Job, in_loop: InLoop) -> None:
+    """A cancelled task that had asked by `try_acquire` doesn't keep the lock for a lease, nor does a dropped reply."""
+    runner = Held(job)
+
+    async def attempt() -> None:
+        await Lock(runner, "one", lease=LONG).try_acquire()
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            task = Task(group, attempt)
+            while runner.calls.empty():
+                await anyio.lowlevel.checkpoint()
+            task.cancel()
+
+    in_loop(bounded, main)
+    runner.make()  # it is taken
+    assert job.exists("locks", ("one",)).result()
+    runner.holds = False
+    gc.collect()
+    assert not job.exists("locks", ("one",)).result()
+    Lock(job, "one", lease=LONG).try_acquire()
+    gc.collect()
+    grant = Lock(job, "one", lease=LONG).try_acquire().result()
+    gc.collect()
+    assert grant is not None
+    assert job.exists("locks", ("one",)).result()
+    assert grant.release().result()
+
+
+def test_who_waited_in_a_closed_loop_holds_nobody_up(job: Job) -> None:
+    """Its task is never woken again, and still stands in front: the next one in line is the first."""
+    lock = Lock(job, "one", lease=LONG)
+    held = lock.acquire()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(lock.aacquire())
+    while not lock._terms.line._turns:
+        loop.run_until_complete(asyncio.sleep(0))
+    behind = in_thread(lambda: lock.acquire(timeout=WAIT))
+    while len(lock._terms.line._turns) < 2:
+        time.sleep(0)
+    loop.close()
+    held.release().result()
+    assert behind.result(2 * WAIT).release().result()
+    task.get_coro().close()  # type: ignore[union-attr]  # a coroutine
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # that is what happened to it
+
+
+def test_who_is_behind_a_closed_loop_comes_by_himself(tmp_path: Path) -> None:
+    """Where the holder is dead too, nobody rings for who isn't the first: a lease later he sees that he is."""
+    with Persistency(tmp_path) as store, store.open_job("locks") as job:
+        lock = Lock(job, "one", lease=0.2, renew=False)
+        dead = lock.acquire()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(lock.aacquire())
+        while not lock._terms.line._turns:
+            loop.run_until_complete(asyncio.sleep(0))
+        behind = in_thread(lambda: lock.acquire(timeout=WAIT))
+        while len(lock._terms.line._turns) < 2:
+            time.sleep(0)
+        loop.close()
+        behind.result(2 * WAIT).release().result()
+        assert dead.lost
+        task.get_coro().close()  # type: ignore[union-attr]  # a coroutine
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # that is what happened to it
+
+
 def test_attempt_that_was_cancelled_leaves_nothing(job: Job, in_loop: InLoop) -> None:
     """Where a runner drops a call that nobody waits for there is nothing to give back."""
     runner = Held(job, cancellable=True)
@@ -340,6 +437,58 @@ def test_holder_counts_its_lease_by_its_own_clock(job: Job, monkeypatch: pytest.
     assert not grant.release().result()
     with Lock(job, "one").acquire(timeout=WAIT):  # given back all the same
         pass
+
+
+def test_holder_has_lost_it_before_another_can_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one clock for both, taken in the last part of a millisecond, of which the row's end has none."""
+    now = [1000.0009]
+    with Persistency(tmp_path, clock=lambda: 1_700_000_000 + now[0]) as store, store.open_job("locks") as job:
+        for module in (lock_rows, lock_grant):
+            monkeypatch.setattr(module, "clock", lambda: now[0])
+        grant = Lock(job, "one", lease=30, renew=False).acquire()
+        now[0] = 1029.99
+        assert not grant.lost
+        now[0] = 1030.00001
+        with Lock(job, "one", lease=30, renew=False).acquire(timeout=0):
+            assert grant.lost
+
+
+def test_late_answer_finds_it_lost(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renewal that comes after the lease is over is no renewal, though nobody has looked in between."""
+    runner, real = Held(job), lock_grant.clock
+    runner.holds = False
+    grant = Lock(runner, "one", lease=LONG, renew=False).acquire()
+    runner.holds = True
+    renewed = grant.renew()
+    monkeypatch.setattr(lock_rows, "clock", lambda: real() + 10)  # it is done in time
+    monkeypatch.setattr(lock_grant, "clock", lambda: real() + LONG + 1)  # and told too late
+    runner.make()
+    assert not renewed.result(WAIT)
+    monkeypatch.undo()
+    assert grant.lost
+    runner.holds = False
+    assert not grant.release().result()
+
+
+def test_transaction_of_another_job_is_refused(tmp_path: Path) -> None:
+    """A grant guards nothing elsewhere: another job is `Misuse`, one of the same id in another root never passes."""
+    with Persistency(tmp_path / "one") as store, Persistency(tmp_path / "two") as others:
+        job, foreign, namesake = store.open_job("a"), store.open_job("b"), others.open_job("a")
+        told: list[Grant] = []
+        grant = Lock(job, "one", on_lost=told.append).acquire()
+        there = [Lock(other, "one").acquire() for other in (foreign, namesake)]
+        assert {one.token for one in there} == {grant.token}
+        with pytest.raises(Misuse, match="'b'"):
+            foreign.run(grant.check_in).result()
+        there[0].release().result()
+        with pytest.raises(Misuse, match="'b'"):
+            foreign.run(grant.check_in).result()
+        job.run(grant.check_in).result()
+        assert grant.held
+        with pytest.raises(LockLost):
+            namesake.run(grant.check_in).result()
+        assert there[1].release().result()
+        grant.release().result()
 
 
 def test_what_is_guarded_is_fenced(job: Job, clock: ManualClock) -> None:
@@ -440,6 +589,61 @@ def test_one_thread_renews_all_and_ends_with_them(job: Job) -> None:
         assert [thread for thread in threading.enumerate() if thread.name == "persistency-locks"]
 
 
+def test_thread_that_could_not_be_started_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, and the next grant starts one, which looks after the first as well."""
+    monkeypatch.setattr(lock_keeper, "_keeper", lock_keeper.Keeper())
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "persistency-locks":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Persistency(tmp_path) as store, store.open_job("locks") as job:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            first = Lock(job, "one", lease=3).acquire()
+            assert not lock_keeper.the_keeper().runs
+        assert events(caplog) == ["lock_not_renewed"]
+        runner = Held(job)
+        runner.holds = False
+        second = Lock(runner, "two", lease=3).acquire()
+        runner.holds = True
+        runner.make()  # it is renewed
+        runner.holds = False
+        assert lock_keeper.the_keeper().runs
+        for grant in (first, second):
+            assert grant.release().result()
+
+
+def test_keeper_looks_at_those_that_are_due(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many grants one that is renewed often doesn't have all others looked at; nor do the released ones stay."""
+    looked: Counter[str] = Counter()
+    attend = Grant._attend
+    monkeypatch.setattr(Grant, "_attend", lambda grant: (looked.update([grant.name]), attend(grant))[1])
+    grants = [Lock(job, f"lock {number}", lease=LONG).acquire() for number in range(50)]
+    for _ in range(300):
+        Lock(job, "short", lease=LONG).acquire().release().result()
+    runner = Held(job)
+    runner.holds = False
+    often = Lock(runner, "often", lease=1.5).acquire()
+    runner.holds = True
+    for _ in range(3):
+        runner.make()
+    runner.holds = False
+    assert often.release().result()
+    assert looked["often"] >= 3
+    assert looked["lock 7"] == 0
+    keeper = lock_keeper.the_keeper()
+    keeper.stir(grants[0], 0.0)
+    while not looked["lock 0"] or len(keeper._due) > 2 * len(grants) + 100:
+        time.sleep(0)
+    for grant in grants:
+        assert grant.release().result()
+
+
 def test_full_mailbox_holds_nobody_else_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keeper doesn't wait for room in one job's mailbox while another job's lock has to be renewed."""
     inside, go_on, renewed = threading.Event(), threading.Event(), threading.Event()
@@ -504,6 +708,32 @@ def test_block_may_end_in_another_thread(job: Job) -> None:
     in_thread(lock.__enter__).result(WAIT)
     in_thread(lambda: lock.__exit__(None, None, None)).result(WAIT)
     assert job.count("locks").result() == 0
+
+
+def test_thread_of_a_pool_is_not_taken_for_whom_it_worked_before(job: Job) -> None:
+    """As frameworks do it: a block is entered in a pool's thread, in a context of its own, which then works for others.
+
+    They wait for the lock. What comes in the context of the block itself would wait for itself.
+    """
+    lock, came = Lock(job, "one", lease=LONG), contextvars.copy_context()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(came.run, lock.__enter__).result(WAIT)
+        other = pool.submit(contextvars.copy_context().run, lock.acquire, WAIT)
+        while not (other.done() or lock._terms.line._turns):
+            time.sleep(0)
+        lock.__exit__(None, None, None)
+        assert other.result(WAIT).release().result()
+        pool.submit(came.run, lock.__enter__).result(WAIT)
+        with pytest.raises(Misuse, match="re-entrant"):
+            pool.submit(came.run, lock.acquire, WAIT).result(WAIT)
+        lock.__exit__(None, None, None)
+
+
+def test_loop_that_is_run_inside_of_a_block_would_wait_for_itself(job: Job, in_loop: InLoop) -> None:
+    """The block can't end before the loop does: `Misuse`, too."""
+    lock = Lock(job, "one", lease=LONG)
+    with lock, pytest.raises(Misuse, match="re-entrant"):
+        in_loop(bounded, lock.aacquire, timeout=WAIT)
 
 
 def test_tasks_exclude_one_another(job: Job, in_loop: InLoop) -> None:
@@ -652,6 +882,18 @@ def test_judge_tells_an_overlap_from_a_lease_that_was_over() -> None:
         assert word in wrong
 
 
+def test_soak_that_has_shown_nothing_is_a_finding() -> None:
+    """Too few contended rounds, or nobody killed: unless its time was over, which the table says."""
+    assert enough(Judged(rounds=110, contended=100, left=90, killed=1), 10, ended_early=False) == []
+    few = Judged(rounds=110, contended=99, left=90, killed=1)
+    (told,) = enough(few, 10, ended_early=False)
+    assert "99 rounds" in told
+    assert enough(few, 10, ended_early=True) == []
+    for alive in (Judged(rounds=110, contended=110, left=110, killed=1), Judged(rounds=110, contended=110, left=90)):
+        (told,) = enough(alive, 10, ended_early=False)
+        assert "nobody has died" in told
+
+
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
@@ -659,7 +901,8 @@ def test_judge_tells_an_overlap_from_a_lease_that_was_over() -> None:
     "given",
     [
         {"name": ""}, {"name": 5}, {"name": "x" * 1025}, {"name": "\ud800"}, {"lease": 0}, {"lease": -1},
-        {"lease": "30"}, {"lease": True}, {"lease": float("nan")}, {"lease": float("inf")}, {"lease": 0.001},
+        {"lease": "30"}, {"lease": True}, {"lease": 10**400},
+        {"lease": timedelta(seconds=-1)}, {"lease": float("nan")}, {"lease": float("inf")}, {"lease": 0.001},
         {"renew": 1}, {"on_lost": "x"}, {"category": ""}, {"category": None}, {"runner": None}, {"runner": "locks"},
     ],
     ids=str,
@@ -670,7 +913,7 @@ def test_wrong_arguments_are_misuse(job: Job, given: dict[str, Any]) -> None:
         Lock(**{"runner": job, "name": "one", **given})
 
 
-@pytest.mark.parametrize("timeout", [-1, "1", True, float("nan")])
+@pytest.mark.parametrize("timeout", [-1, "1", True, float("nan"), timedelta(seconds=-1)])
 def test_wrong_timeouts_are_misuse(job: Job, timeout: Any) -> None:
     """At the call too."""
     with pytest.raises(Misuse, match="timeout"):
@@ -678,10 +921,20 @@ def test_wrong_timeouts_are_misuse(job: Job, timeout: Any) -> None:
     assert job.count("locks").result() == 0
 
 
+def test_lease_may_be_a_timedelta(job: Job) -> None:
+    """Wherever seconds are taken."""
+    lock = Lock(job, "one", lease=timedelta(milliseconds=1500))
+    assert lock.lease == 1.5
+    with lock.acquire(timeout=timedelta(seconds=WAIT)), pytest.raises(TimeoutError):
+        lock.acquire(timeout=timedelta(0))
+
+
 def test_row_says_whose_it_is(job: Job) -> None:
     """Whoever looks into the file finds the process; a lock that is free has no row."""
     with Lock(job, "one", category="mutexes"):
         payload = job.get("mutexes", ("one",)).result()
         assert payload is not None
-        assert CBOR.decode(payload) == {"pid": os.getpid()}
+        row = CBOR.decode(payload)
+        assert row["pid"] == os.getpid()
+        assert len(row["grant"]) == 8
     assert job.categories().result() == []

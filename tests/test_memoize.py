@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import dataclasses
 import enum
@@ -18,12 +19,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import anyio
 import pytest
@@ -49,13 +51,16 @@ from persistency import (
     typed,
 )
 from persistency.recipes import AsyncMemoized, Baton, Memoized, memoize
-from persistency.recipes.memoize_flights import Lead, _flights
+from persistency.recipes.memoize_flights import Lead, _flights, _leading
+from persistency.recipes.memoize_rows import packed
 from persistency.testing import ManualClock
 from tests.loops import InLoop, Task, in_loop, together
+from tests.soak.logs import shared
 
 __all__ = ["in_loop"]  # a fixture
 
 WAIT = 30.0
+SEED = 20_261_122
 TOP = Path(__file__).parent.parent
 
 
@@ -220,7 +225,9 @@ def test_it_does_what_a_dict_would() -> None:
 
 def test_the_model_sees_a_result_that_is_kept_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted defect: `forget` that forgets nothing."""
-    monkeypatch.setattr("persistency.recipes.memoized.forget", lambda tx, category, place: tx.exists(category, place))
+    monkeypatch.setattr(
+        "persistency.recipes.memoize_calls.forget", lambda tx, category, place: tx.exists(category, place)
+    )
     with pytest.raises(AssertionError):
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
             MemoizeMachine,
@@ -474,6 +481,17 @@ def test_a_killed_process_is_replaced_when_its_lease_is_over(tmp_path: Path, pro
     assert computations(tmp_path) == [first.popen.pid, second.popen.pid]
 
 
+def test_killed_processes_hold_up_nobody_and_are_replaced_once(tmp_path: Path) -> None:
+    """Of three processes that want the same results some die while they compute: see `tests.soak.logs`."""
+    assert shared(tmp_path, 3, 30, 2, SEED, 0.5) == ([], 2)
+
+
+def test_the_kills_see_processes_that_heed_no_claims(tmp_path: Path) -> None:
+    """A planted defect: each process computes for itself."""
+    wrong, _ = shared(tmp_path, 3, 20, 0, SEED, 0.5, "alone")
+    assert [finding.split(":")[0] for finding in wrong] == ["twice"]
+
+
 # -- how a flight ends -----------------------------------------------------------------------------------------------
 
 
@@ -505,7 +523,7 @@ def test_all_who_wait_get_what_the_computation_raised_and_it_is_not_kept(job: Jo
 def waits_for(flights: dict[Any, Any]) -> None:
     """Return when somebody waits for the one flight there is."""
     (flight,) = flights.values()
-    while not flight.reply._wanted():
+    while not flight.stage.reply._wanted():
         threading.Event().wait(0.001)
 
 
@@ -611,7 +629,8 @@ def test_a_lead_dropped_by_an_interrupt_gives_its_flight_up(job: Job) -> None:
     """Wherever between two steps it comes: what nobody has any more holds nobody up."""
     lead = Lead(job, "slow", key("result", 1), 10.0)
     assert lead.board() is lead.flight
-    reply = lead.flight.reply
+    assert lead.flight.stage is not None
+    reply = lead.flight.stage.reply
     del lead
     assert reply.result(WAIT) == (None, None)
 
@@ -675,6 +694,140 @@ def test_two_threads_that_need_each_other_s_result_both_end(job: Job) -> None:
         found = list(pool.map(entangled, "ab"))
     assert len(found[0]) + len(found[1]) in (4, 5)  # who came second may have waited for the other one's whole result
     assert {one[0] for one in found} == {"a", "b"}
+
+
+def test_a_plain_call_does_not_block_the_loop_that_computes_its_result(job: Job, in_loop: InLoop) -> None:
+    """Two forms of one function share results; where waiting would stop the computation, it computes by itself."""
+
+    async def main() -> list[Any]:
+        go, begun = anyio.Event(), anyio.Event()
+
+        @memoize(job, "both")
+        async def loads(x: int) -> str:
+            begun.set()
+            await go.wait()
+            return "loop"
+
+        @memoize(job, "both")
+        def load(x: int) -> str:
+            return "thread"
+
+        async with anyio.create_task_group() as group:
+            computing = Task(group, functools.partial(loads, 1))
+            await begun.wait()
+            found = [load(1)]  # it blocks this loop
+            go.set()
+            found.append(await computing)
+        return [*found, load(1) == await loads(1)]
+
+    assert in_loop(main) == ["thread", "loop", True]
+
+
+def test_a_plain_call_does_not_block_the_loop_through_another_thread(job: Job, in_loop: InLoop) -> None:
+    """A thread waits for the loop, and the loop is about to wait for that thread."""
+
+    async def main() -> tuple[Any, Any]:
+        go, begun, runs = anyio.Event(), anyio.Event(), []
+
+        @memoize(job, "inner")
+        async def inner(x: int) -> int:
+            begun.set()
+            await go.wait()
+            return 10
+
+        @memoize(job, "inner")
+        def plain_inner(x: int) -> int:
+            return 20
+
+        @memoize(job, "outer")
+        def outer(x: int) -> int:
+            runs.append(x)
+            return plain_inner(x) + 1
+
+        async with anyio.create_task_group() as group:
+            computing = Task(group, functools.partial(inner, 1))
+            await begun.wait()
+            (flight,) = _flights.values()
+            in_thread = Task(group, functools.partial(anyio.to_thread.run_sync, outer, 1))
+            while flight.stage is None or not flight.stage.reply._wanted():
+                await anyio.sleep(0.001)
+            found = outer(1)
+            go.set()
+            assert await computing == 10
+            return found, await in_thread
+
+    assert in_loop(main) == (21, 11)
+
+
+def test_a_plain_call_waits_for_a_refresh_of_its_loop_no_longer_than_a_lease(job: Job, in_loop: InLoop) -> None:
+    """On a baton a refresh has a claim, which its process renews; the call blocks the loop that refreshes."""
+    runner: Any = Another(job)
+
+    async def main() -> tuple[str, str]:
+        go, begun = anyio.Event(), anyio.Event()
+
+        @memoize(runner, "both", lease=0.05)
+        async def loads(x: int) -> str:
+            begun.set()
+            await go.wait()
+            return "loop"
+
+        @memoize(runner, "both", lease=0.05)
+        def load(x: int) -> str:
+            return "thread"
+
+        async with anyio.create_task_group() as group:
+            refreshing = Task(group, functools.partial(loads.refresh, 1))
+            await begun.wait()
+            found = load(1)
+            go.set()
+            return found, await refreshing
+
+    assert in_loop(main) == ("thread", "loop")
+
+
+def test_a_context_that_lives_on_holds_no_result(job: Job, clock: ManualClock) -> None:
+    """A task that was started in the middle of a computation has a copy of its context."""
+    contexts: list[contextvars.Context] = []
+
+    @memoize(job, "early", ttl=60, early=1.0, random=lambda: 0.9)
+    def fn() -> bytes:
+        contexts.append(contextvars.copy_context())
+        clock.advance(2)
+        return bytes(1_000)
+
+    fn()
+    clock.advance(59)
+    fn()  # early: those who came meanwhile would have been given the old one
+    for context in contexts:
+        (flight,) = context[_leading]
+        assert (flight.stage, flight._future, flight.waits) == (None, None, [])
+    assert len(contexts) == 2
+
+
+def test_who_waits_gets_a_stop_iteration_as_it_is(job: Job) -> None:
+    """What a generator may not raise, a function may."""
+    gate = Gate()
+
+    @memoize(job, "slow")
+    def slow(x: int) -> int:
+        gate.pass_(x)
+        raise StopIteration("end")
+
+    def error_of() -> BaseException:
+        try:
+            slow(1)
+        except BaseException as error:  # a future can't hold it
+            return error
+        raise AssertionError
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(error_of)
+        gate.wait()
+        second = pool.submit(error_of)
+        waits_for(_flights)
+        gate.go.set()
+        assert [repr(one.result(WAIT)) for one in (first, second)] == ["StopIteration('end')"] * 2
 
 
 def test_a_job_that_is_closed_says_so(job: Job) -> None:
@@ -977,6 +1130,101 @@ def test_what_fails_early_is_logged_and_the_kept_result_given(
         early.at(0.9)
 
 
+class Outlasting:
+    """A function whose result is being computed early by a thread, and has ended meanwhile: an hour ago."""
+
+    def __init__(self, job: Any, clock: ManualClock, pool: ThreadPoolExecutor) -> None:
+        self.gate = Gate()
+        self.error: Exception | None = None
+
+        @memoize(job, "early", ttl=10, early=1.0, random=lambda: 0.999999)
+        def fn() -> str:
+            if first:
+                first.clear()
+                clock.advance(1)
+                return "old"
+            self.gate.pass_()
+            if self.error is not None:
+                raise self.error
+            return "new"
+
+        first = [True]
+        self.fn = fn
+        assert fn() == "old"
+        clock.advance(8.5)
+        self.leading = pool.submit(fn)
+        self.gate.wait()
+        assert fn() == "old"
+        clock.advance(3_600)
+        self.waiting = pool.submit(fn)
+        waits_for(_flights)
+
+
+@pytest.mark.parametrize("runner", [lambda job: job, Another], ids=["job", "process"])
+def test_an_old_result_is_given_until_its_end_and_no_longer(
+    job: Job, clock: ManualClock, runner: Callable[[Job], Any]
+) -> None:
+    """Though the next one is still being computed: that is waited for then."""
+    with ThreadPoolExecutor(2) as pool:
+        early = Outlasting(runner(job), clock, pool)
+        early.gate.go.set()
+        assert (early.leading.result(WAIT), early.waiting.result(WAIT)) == ("new", "new")
+    assert len(early.gate.runs) == 1
+
+
+def test_what_fails_early_but_too_late_is_raised(
+    job: Job, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whoever computes and whoever waits: the old result has ended."""
+    with ThreadPoolExecutor(2) as pool:
+        early = Outlasting(job, clock, pool)
+        early.error = ZeroDivisionError("no")
+        early.gate.go.set()
+        for future in (early.leading, early.waiting):
+            with pytest.raises(ZeroDivisionError):
+                future.result(WAIT)
+    assert caplog.records == []
+
+
+def test_an_old_result_that_was_forgotten_is_not_given_when_the_next_one_fails(job: Job, clock: ManualClock) -> None:
+    """Though it hadn't ended."""
+    runs = []
+
+    @memoize(job, "early", ttl=60, early=1.0, random=lambda: 0.9)
+    def fn() -> int:
+        runs.append(1)
+        if len(runs) == 1:
+            clock.advance(2)
+            return 1
+        assert fn.forget().result()
+        raise ZeroDivisionError("no")
+
+    assert fn() == 1
+    clock.advance(59)
+    with pytest.raises(ZeroDivisionError):
+        fn()
+
+
+def test_a_result_that_is_good_is_given_in_a_job_that_is_full(clock: ManualClock, in_loop: InLoop) -> None:
+    """It is due to be computed early, but not even a claim has room; at its end it is computed."""
+    runs = []
+
+    async def one(x: int) -> int:
+        runs.append(x)
+        clock.advance(1)
+        return len(runs)
+
+    with Persistency(":memory:", clock=clock) as p, p.open_job("cache", max_bytes=1_000) as job:
+        fn = memoize(job, "early", ttl=10, early=1.0, random=lambda: 0.9999999)(one)
+        assert in_loop(fn, 5) == 1
+        job.put("full", (1,), bytes(1_000 - job.storage_used().result() - 10))
+        job.flush().result()
+        clock.advance(8.5)
+        assert in_loop(fn, 5) == 1
+        clock.advance(2)
+        assert in_loop(fn, 5) == 2
+
+
 def test_early_works_in_event_loops_and_on_batons(tmp_path: Path, in_loop: InLoop) -> None:
     """Where nothing is early, it is a hit like any other."""
     runs = []
@@ -1043,6 +1291,32 @@ class Size:
     b: Any
 
 
+class Text(str):
+    """A text of a class of its own."""
+
+    __slots__ = ()
+
+
+class Number(int):
+    """A number of a class of its own."""
+
+
+class Instant(datetime):
+    """A time of a class of its own."""
+
+
+class Half(tzinfo):
+    """A zone that nobody knows."""
+
+    def utcoffset(self, when: datetime | None) -> timedelta:
+        return timedelta(minutes=30)
+
+
+ZONES = [
+    ZoneInfo("Europe/Zurich"), ZoneInfo("Europe/Paris"), ZoneInfo("UTC"), UTC,
+    timezone(timedelta(hours=1)), timezone(timedelta(hours=1), "CET"), timezone(timedelta(hours=2)),
+]  # fmt: skip
+
 ATOMS = (
     st.none()
     | st.booleans()
@@ -1053,6 +1327,9 @@ ATOMS = (
     | st.binary(max_size=3)
     | st.sampled_from([Colour.RED, Colour.BLUE, Word.RED, Bit.A, Bit.A | Bit.B, Bit(0), Colour, Point, int])
     | st.sampled_from([date(2026, 1, 2), datetime(2026, 1, 2), datetime(2026, 1, 2, tzinfo=UTC), time(1)])
+    | st.sampled_from([datetime(2026, 1, 2, tzinfo=zone) for zone in ZONES] + [time(1, tzinfo=zone) for zone in ZONES])
+    | st.sampled_from([time(1, fold=1), datetime(2026, 1, 2, fold=1), PureWindowsPath("a"), Text("a"), Number(1)])
+    | st.binary(max_size=2).map(bytearray)
     | st.sampled_from([timedelta(1), timedelta(0, 86_399), Decimal("1.0"), Decimal(1), Fraction(1, 2), Fraction(1)])
     | st.sampled_from([UUID(int=1), UUID(int=2), PurePosixPath("a"), PurePosixPath("/a"), key("a"), key("a", 1)])
     | st.text("ab", min_size=1_020, max_size=1_030)
@@ -1079,10 +1356,14 @@ def likeness(value: Any) -> Any:
     if kind is dict:
         return dict, frozenset((likeness(k), likeness(v)) for k, v in value.items())
     if kind in (set, frozenset):
-        return set, frozenset(map(likeness, value))
+        return kind, frozenset(map(likeness, value))
     if kind in (Point, Size):
         return kind, likeness(value.a), likeness(value.b)
-    if kind is Decimal or kind is float or kind is datetime:
+    if kind is bytearray:
+        return kind, bytes(value)
+    if kind is datetime or kind is time:
+        return kind, str(value.replace(tzinfo=None)), value.fold, repr(value.tzinfo)
+    if kind is Decimal or kind is float:
         return kind, str(value)  # 1 and 1.0; 0.0 and -0.0
     return kind, value
 
@@ -1104,12 +1385,88 @@ LOOKALIKES: list[Any] = [
     (1, 1), None, (None,), ((None,),), (None, "list", 1), (None, "tuple", None), "", b"", (), [], set(), {}, Colour.RED,
     (None, "tests.test_memoize.Colour", "RED"), "red", Word.RED, date(2026, 1, 1), datetime(2026, 1, 1), "2026-01-01",
     key(1), RawKey(bytes(key(1))[:1]), bytes(key(1)), PurePosixPath("1"), int, "int", 0.0, -0.0, float("nan"),
+    RawKey(bytes(key(1))), PureWindowsPath("1"), Path("1"), frozenset((1,)), bytearray(b"1"), memoryview(b"1"),
+    Text("1"), Number(1), datetime(2026, 1, 1, fold=1), Instant(2026, 1, 1),
+    time(1), time(1, fold=1), *(time(1, tzinfo=zone) for zone in ZONES),
+    *(datetime(2026, 1, 1, tzinfo=zone) for zone in ZONES),
 ]  # fmt: skip
 
 
 def test_things_that_look_alike_have_keys_of_their_own() -> None:
     """Above all those that stand for others in a key."""
     assert len({keyed.key(value) for value in LOOKALIKES}) == len(LOOKALIKES)
+
+
+def test_parts_are_not_one_container_of_the_same_items(job: Job) -> None:
+    """However long they are: what stands for the parts of a call stands for nothing else."""
+    parts = memoize(job, "parts", key=lambda *given: given)(lambda *given: None)
+    long = "x" * 2_000
+    for several in (("x", "b"), (long, "b"), (None, "list", long), (None, "tuple", None, long)):
+        assert parts.key(*several) != parts.key(several)
+        assert parts.key(*several) != parts.key(list(several))
+    assert parts.key(None, "list", long) != parts.key([long])
+    assert keyed.key(long, None) != keyed.key((long, None), None)
+
+
+def test_a_class_that_is_not_found_by_its_name_is_refused() -> None:
+    """Another one could have that: two calls of one function make two classes of one name."""
+
+    def local() -> list[Any]:
+        class Plain:
+            pass
+
+        @dataclasses.dataclass
+        class Fields:
+            x: int = 1
+
+        class Named(NamedTuple):
+            x: int = 1
+
+        class Word(int):
+            pass
+
+        member: Any = enum.Enum("E", {"A": 1})
+        return [Plain, Fields, Fields(), Named(), Word(1), member.A, [Fields()]]
+
+    for value in local():
+        with pytest.raises(
+            Misuse, match=r"argument 'a' can't be in a key: class tests\.test_memoize\..* isn't found by"
+        ):
+            keyed.key(value)
+    assert keyed.key(type(None)) != keyed.key(type(len_of))  # those that nobody can make twice needn't be found
+
+
+@pytest.mark.parametrize("value", [datetime(2026, 1, 1, tzinfo=Half()), time(1, tzinfo=Half())])
+def test_a_zone_that_can_not_be_told_from_another_is_refused(value: Any) -> None:
+    """An offset and a name don't say how it goes on."""
+    with pytest.raises(Misuse, match=r"the zone of a time, a tests\.test_memoize\.Half, .*pass times in a ZoneInfo"):
+        keyed.key(value)
+
+
+def test_what_a_container_has_several_times_is_looked_at_once() -> None:
+    """Thirty lists, each twice in the next one, would be a thousand million; and it is the key of equal ones."""
+
+    def shared(depth: int) -> list[Any]:
+        found: list[Any] = [1]
+        for _ in range(depth):
+            found = [found, found]
+        return found
+
+    assert keyed.key(shared(30)) != keyed.key(shared(29))
+    assert keyed.key(shared(6)) == keyed.key(json.loads(json.dumps(shared(6))))
+
+
+@pytest.mark.parametrize("deep_first", [False, True])
+def test_what_is_nested_too_deep_in_one_place_is_refused(deep_first: bool) -> None:
+    """Though it is in another one, where it isn't."""
+    inner: list[Any] = []
+    for _ in range(20):
+        inner = [inner]
+    outer = inner
+    for _ in range(20):
+        outer = [outer]
+    with pytest.raises(Misuse, match="nested over 32 deep"):
+        keyed.key([outer, inner] if deep_first else [inner, outer])
 
 
 def test_one_call_in_several_spellings_has_one_key(job: Job) -> None:
@@ -1357,6 +1714,33 @@ def test_what_has_no_room_is_given_all_the_same(
         assert record.persistency_error == QuotaExceeded.__name__  # type: ignore[attr-defined]
 
 
+def test_what_is_too_large_to_be_kept_is_given_to_all(
+    job: Job, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the one who has computed it as to those who have waited."""
+    gate = Gate()
+
+    def keep(tx: Transaction, *_: Any) -> bool:
+        raise Misuse("payload has 999,999,999 bytes")
+
+    monkeypatch.setattr("persistency.recipes.memoize_flights.keep", keep)
+
+    @memoize(job, "f")
+    def f(x: int) -> int:
+        gate.pass_(x)
+        return x
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(f, 1)
+        gate.wait()
+        second = pool.submit(f, 1)
+        waits_for(_flights)
+        gate.go.set()
+        assert (first.result(WAIT), second.result(WAIT)) == (1, 1)
+    assert [record.persistency_event for record in caplog.records] == ["memoize_not_kept"]  # type: ignore[attr-defined]
+    assert job.count("f").result() == 0  # no claim is left
+
+
 @pytest.mark.parametrize("spoilt", [b"", b"\x83\x1a", b"x" * 40, "other codec"])
 def test_what_can_not_be_read_is_computed_anew(
     job: Job, caplog: pytest.LogCaptureFixture, in_loop: InLoop, spoilt: Any
@@ -1370,7 +1754,7 @@ def test_what_can_not_be_read_is_computed_anew(
     afn = memoize(job, "f")(async_len)
     for call in (fn, lambda text: in_loop(afn, text), memoize(Another(job), "f")(len_of)):  # type: ignore[arg-type]
         if spoilt == "other codec":
-            memoize(job, "f", codec=RAW)(lambda text: b"\xff").refresh("abc")
+            job.put("f", fn.key("abc"), packed(b"\xff"))
         else:
             job.put("f", fn.key("abc"), spoilt)
         caplog.clear()
@@ -1500,6 +1884,69 @@ def test_bound_methods_are_found_again_by_pickle(job: Job) -> None:
     assert again(5) == "one 5"
 
 
+def test_bound_methods_look_like_methods(job: Job) -> None:
+    """Their signatures have no `self`; two of one instance are equal, and those of others aren't."""
+    Service.job = job
+    one, other = Service("one"), Service("one")
+    assert str(inspect.signature(one.shared)) == "(x: 'int') -> 'str'"
+    assert str(inspect.signature(one.own)) == "(x: 'int') -> 'str'"
+    assert str(inspect.signature(Service.shared)) == "(self, x: 'int') -> 'str'"
+    assert not hasattr(Memoized, "__signature__")
+    assert one.shared == one.shared
+    assert hash(one.shared) == hash(one.shared)
+    assert len({one.shared, one.shared, other.shared, one.own, Service.shared}) == 4
+    assert one.shared != Service.shared
+    assert Service.shared == Service.shared
+    assert documented != len_of
+
+
+def test_a_signature_that_was_given_is_bound_too(job: Job) -> None:
+    """As by decorators that hide a parameter."""
+
+    def method(self: Any, x: int, y: int = 1) -> int:
+        return x
+
+    method.__signature__ = inspect.signature(lambda self, x: None)  # type: ignore[attr-defined]
+    made: Any = type("Made", (), {"method": memoize(job, "f", ignore=("self",))(method)})
+    assert str(inspect.signature(made().method)) == "(x)"
+    assert str(inspect.signature(made.method)) == "(self, x)"
+
+
+def test_two_functions_have_no_results_in_common_unnoticed(job: Job, tmp_path: Path) -> None:
+    """Of one name, version and parameters; the same function, defined anew, and its other form go on."""
+
+    def price(x: int) -> str:
+        return "price"
+
+    def cost(x: int) -> str:
+        return "cost"
+
+    async def aprice(x: int) -> str:
+        return "aprice"
+
+    def anew() -> Any:
+        def inner(x: int) -> str:
+            return "inner"
+
+        return memoize(job, "inner")(inner)
+
+    first = memoize(job, "price")(price)
+    assert first(1) == "price"
+    second = memoize(job, "price")(cost)
+    for call in (second, second.refresh):
+        with pytest.raises(Misuse, match=r"cost and .*price both keep results as 'price' in job 'cache'"):
+            call(1)
+    assert memoize(job, "price", version=2)(cost)(1) == "cost"
+    assert asyncio.run(memoize(job, "price")(aprice)(1)) == "price"
+    assert first(1) == memoize(job, "price")(price)(1) == "price"
+    assert anew()(1) == anew()(1) == "inner"
+    with Persistency(tmp_path) as p, p.open_job("cache") as another:
+        assert memoize(another, "price")(cost)(1) == "cost"
+    del first, price
+    gc.collect()
+    assert second(1) == "price"  # nobody has the other one any more
+
+
 def test_a_runner_is_asked_for_at_each_call(job: Job) -> None:
     """So a function can be decorated before there is a job; what isn't one is told."""
     runners: list[Any] = [job, "none"]
@@ -1522,6 +1969,7 @@ def test_a_runner_is_asked_for_at_each_call(job: Job) -> None:
         ({"ttl": float("nan")}, "ttl must be more than 0"),
         ({"lease": 0}, "lease must be more than 0"),
         ({"lease": None}, "lease must be seconds"),
+        ({"lease": 0.0005}, "lease must be at least 0.01 seconds"),
         ({"version": 1.0}, "version of f must be an int or a str"),
         ({"version": "v" * 999}, "version of f is too long"),
         ({"ignore": "self"}, "ignore must be a tuple of names"),
@@ -1567,8 +2015,32 @@ def test_only_functions_that_return_a_result_are_decorated(job: Job) -> None:
     for nameless in (lambda: 1, functools.partial(len_of, "a")):
         with pytest.raises(Misuse, match="without a name of its own"):
             decorate(nameless)
-    with pytest.raises(Misuse, match="memoize decorates a function, not int"):
-        memoize(len_of)(5)  # type: ignore[arg-type, call-overload]  # `@memoize` without its arguments
+    for method in (staticmethod(len_of), classmethod(len_of)):
+        with pytest.raises(Misuse, match=r"memoize decorates a function, not (static|class)method") as caught:
+            decorate(method)
+        assert "@classmethod or @staticmethod above that" in caught.value.hint
+    assert decorate(len)("ab") == 2
+
+
+def test_the_decorator_without_its_arguments_says_what_to_write(job: Job) -> None:
+    """When it decorates; or, where the function could be one that gives a runner, when that is called."""
+
+    async def coroutine() -> int:
+        return 1
+
+    def nothing() -> int:
+        return 1
+
+    bare: Any = memoize
+    for fn in (len_of, coroutine):
+        with pytest.raises(Misuse, match=r"memoize takes a runner, not .*(len_of|coroutine)") as caught:
+            bare(fn)
+        assert "Write @memoize(job) above the def" in caught.value.hint
+    decorated = bare(nothing)
+    for call in (decorated, lambda: decorated(x=1), lambda: decorated(1, 2)):
+        with pytest.raises(Misuse, match="memoize decorates one function") as caught:
+            call()
+        assert "Write @memoize(job) above the def" in caught.value.hint
 
 
 def test_partials_and_callable_objects_are_decorated(job: Job) -> None:

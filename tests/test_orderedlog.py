@@ -27,6 +27,7 @@ from persistency import (
     Job,
     Misuse,
     Persistency,
+    Poisoned,
     QuotaExceeded,
     Transaction,
     typed,
@@ -468,6 +469,13 @@ def test_close_ends_loops_and_waits(log: OrderedLog[Any], in_loop: InLoop) -> No
         assert again.position().result() == 2
     assert list(again) == []
 
+    async def main() -> list[Any]:
+        async with log.consumer("c") as third:
+            assert await third.position() == 2
+        return [record async for record in third]
+
+    assert in_loop(main) == []
+
 
 def test_who_waits_is_told_that_the_job_was_closed() -> None:
     """Nobody waits for ever."""
@@ -480,6 +488,25 @@ def test_who_waits_is_told_that_the_job_was_closed() -> None:
             job.close()
             with pytest.raises(Closed):
                 waiting.result(WAIT)
+
+
+def test_who_waits_is_told_that_the_job_can_not_go_on(tmp_path: Path, in_loop: InLoop) -> None:
+    """A job whose file was taken away fails what it is asked, and rings no bell; in threads and in loops."""
+    with Persistency(tmp_path) as p:
+        job = p.open_job("events")
+        log = OrderedLog(job)
+        consumer = log.consumer("c")
+        consumer.position().result()
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(consumer.next), pool.submit(in_loop, consumer.anext)
+            listens(log, 2)
+            assert job.path is not None
+            job.path.unlink()
+            with pytest.raises(Poisoned):
+                job.run(lambda tx: tx.put("other", (1,), b"")).result()
+            for one in waiting:
+                with pytest.raises(Poisoned):
+                    one.result(WAIT)
 
 
 # -- consumers -----------------------------------------------------------------------------------------------------
@@ -626,6 +653,25 @@ def test_young_records_are_kept(log: OrderedLog[Any], clock: ManualClock) -> Non
     assert log.trim(keep_ms=1_000, limit=2).result() == 2
 
 
+@pytest.mark.parametrize("keep_ms", [0.4, 0.5, timedelta(microseconds=1)])
+def test_a_part_of_a_millisecond_is_kept_as_a_whole_one(log: OrderedLog[Any], clock: ManualClock, keep_ms: Any) -> None:
+    """It isn't none, with which all would go."""
+    log.append_many(range(10)).result()
+    assert log.trim(keep_ms=keep_ms, despite_consumers=True).result() == 0
+    clock.advance(0.001)
+    log.append("young").result()
+    assert log.trim(keep_ms=keep_ms, despite_consumers=True).result() == 10
+
+
+def test_a_timedelta_is_what_it_says(log: OrderedLog[Any], clock: ManualClock) -> None:
+    """To the millisecond, where seconds as a float would be a little more."""
+    log.append("a").result()
+    clock.advance(4.035)
+    log.consumer("c").commit(1).result()
+    assert log.trim(keep_ms=timedelta(milliseconds=4_036)).result() == 0
+    assert log.trim(keep_ms=timedelta(milliseconds=4_035)).result() == 1
+
+
 def test_a_read_is_bounded_by_bytes_too(log: OrderedLog[Any]) -> None:
     """Some 16 MiB: records may be large."""
     raw: OrderedLog[bytes] = OrderedLog(log._runner, "raw", codec=RAW)
@@ -703,6 +749,9 @@ def test_a_damaged_record_is_named(job: Job, log: OrderedLog[Any], payload: byte
         (lambda log: OrderedLog(log._runner, ""), "name must be a str of 1 to 255"),
         (lambda log: OrderedLog(log._runner, 5), "name must be a str"),  # type: ignore[arg-type]
         (lambda log: OrderedLog(log._runner, codec=dict), "codec must be a codec"),  # type: ignore[arg-type]
+        (lambda log: OrderedLog(log._runner, "\ud800"), "lone surrogate"),
+        (lambda log: log.consumer("\ud800"), "lone surrogate"),
+        (lambda log: log.drop_consumer("\ud800"), "lone surrogate"),
         (lambda log: log.append(object()), "object"),
         (lambda log: log.append_many(range(10_001)), "10,001 records at once are too many"),
         (lambda log: log.read(-1), "after must be at least 0"),

@@ -8,6 +8,8 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,23 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from persistency import RAW, Closed, Corrupt, Job, Misuse, Persistency, Reply, Transaction, typed
-from persistency.recipes import Baton, Message, Queue, QueueCounts
+from persistency import (
+    RAW,
+    Closed,
+    Corrupt,
+    Job,
+    Misuse,
+    Overloaded,
+    Persistency,
+    PersistencyError,
+    Poisoned,
+    QuotaExceeded,
+    Reply,
+    Transaction,
+    typed,
+)
+from persistency.recipes import Baton, Message, Queue, QueueCounts, queue_alive
+from persistency.recipes import queue as queue_module
 from persistency.recipes.queue_rows import LEASE_OVER
 from persistency.testing import ManualClock
 from tests.loops import InLoop, together
@@ -317,7 +334,8 @@ def test_a_queue_does_what_a_plain_model_does() -> None:
 
 def test_the_model_notices_an_acknowledgement_that_shows_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted defect: who has lost a message acknowledges it for its new owner."""
-    from persistency.recipes.queue_rows import Kind, Rows, State
+    from persistency.recipes.queue_records import Kind, State
+    from persistency.recipes.queue_rows import Rows
 
     def held(self: Rows, tx: Transaction, id_: int, token: int) -> State | None:
         state = self._state(tx, id_)
@@ -548,7 +566,7 @@ def test_a_verb_costs_the_same_in_a_long_queue(job: Job, monkeypatch: pytest.Mon
         def through(tx: Transaction) -> None:
             rows = queue._rows
             counted: Any = Counted(tx)
-            rows.put(counted, [b"\x01"], 0)
+            rows.put(counted, 0, b"\x01")
             (found,), _ = rows.take(counted, 1000, 1)
             rows.extend(counted, found.id, found.state.token, 1000)
             rows.retry(counted, found.id, found.state.token, 60_000, None)
@@ -623,6 +641,10 @@ def test_a_value_that_cant_be_read_harms_only_its_own_message(job: Job, clock: M
         lambda job: Queue("job"),  # type: ignore[arg-type]  # these all are wrong
         lambda job: Queue(job, ""),
         lambda job: Queue(job, "x" * 256),
+        lambda job: Queue(job, "a\ud800"),
+        lambda job: Queue(job, codec="CBOR"),  # type: ignore[arg-type]
+        lambda job: Queue(job).put_in(job, 1),  # type: ignore[arg-type]
+        lambda job: message_of(job).ack_in(job),  # type: ignore[arg-type]
         lambda job: Queue(job, lease=0),
         lambda job: Queue(job, lease="1"),  # type: ignore[arg-type]
         lambda job: Queue(job, attempts_max=0),
@@ -662,6 +684,154 @@ def test_a_category_of_other_rows_is_refused(job: Job) -> None:
     with pytest.raises(Corrupt):
         Queue(job, "users").put(1).result()
     assert job.count("users").result() == 1
+    job.put("names", ("ada",), b"x")
+    for ask in (Queue(job, "names").put_many([1]), Queue(job, "names").take(), Queue(job, "names").counts()):
+        with pytest.raises(Corrupt):
+            ask.result()
+    assert job.count("names").result() == 1
+
+
+def test_a_transaction_of_another_job_is_refused(job: Job) -> None:
+    """What is told there would be told to another job's queue."""
+    with Persistency(":memory:") as p, p.open_job("another") as other:
+        queue = Queue[int](job)
+        queue.put(1)
+        message = taken(queue)
+        for verb in (lambda tx: queue.put_in(tx, 2), message.ack_in):
+            with pytest.raises(Misuse):
+                other.run(verb).result()
+        assert other.categories().result() == []
+        assert queue.counts().result() == QueueCounts(0, 0, 1, 0)
+
+
+# -- bounds and damage ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_waits_to_be_put_counts_in_the_mailbox(many: bool) -> None:
+    """Values that wait for the job are held to its bound, as those of a plain `put` are."""
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(_tx: Transaction) -> None:
+        inside.set()
+        assert go.wait(WAIT)
+
+    with Persistency(":memory:") as p, p.open_job("work", on_full="raise", mailbox_bytes_max=1 << 20) as job:
+        queue = Queue(job, codec=RAW)
+        holder = threading.Thread(target=lambda: job.run(hold).result())
+        holder.start()
+        assert inside.wait(WAIT)
+        replies: list[Reply[Any]] = []
+        body = bytes(1 << 18)
+        with suppress(Overloaded):
+            for _ in range(100):
+                replies += [queue.put_many([body]) if many else queue.put(body)]
+        go.set()
+        holder.join(WAIT)
+        for reply in replies:
+            reply.result()
+        assert 1 <= queue.counts().result().ready == len(replies) <= 5
+
+
+def fill(job: Job, bytes_max: int) -> None:
+    """Leave no byte for anything else."""
+    left = bytes_max - job.storage_used().result()
+    job.compare_and_set("filler", ("f",), None, b"x" * left).result()
+    assert job.storage_used().result() == bytes_max
+
+
+def test_a_queue_in_a_full_job_can_be_drained(clock: ManualClock) -> None:
+    """What was put can be taken, and told anything; of an error's text there is as much as there is room for."""
+    with Persistency(":memory:", clock=clock) as p, p.open_job("work", max_bytes=5_000) as job:
+        queue = Queue[int](job, attempts_max=2, backoff=1)
+        assert queue.put_many(range(8)).result()
+        fill(job, 5_000)
+        with pytest.raises(QuotaExceeded):
+            queue.put(8).result()
+        first, second, third, fourth, fifth, sixth = queue.take_many(6).result()
+        assert first.ack().result()  # which makes room for a part of the text only
+        assert second.retry(error="no such address: " + "é" * 300).result()
+        assert third.bury("because " * 30).result()
+        assert fourth.release().result()
+        assert fifth.extend(1_000_000).result()
+        assert job.run(sixth.ack_in).result()
+        clock.advance(60)
+        assert (taken(queue).value, taken(queue).value, taken(queue).value) == (3, 6, 7)
+        again = taken(queue)
+        assert (again.value, again.error) == (1, "no such address: ééé")
+        clock.advance(60)
+        assert queue.counts().result() == QueueCounts(3, 0, 1, 2)
+        assert [(letter.value, letter.error) for letter in queue.dead().result()] == [
+            (2, ("because " * 30)[:24]),
+            (1, LEASE_OVER),
+        ]
+        assert queue.revive().result() == 2
+
+
+def test_the_first_look_into_an_empty_queue_needs_no_room() -> None:
+    """A full job has an empty queue as any other."""
+    with Persistency(":memory:") as p, p.open_job("work", max_bytes=100) as job:
+        fill(job, 100)
+        assert Queue(job).take().result() is None
+        assert Queue(job).counts().result() == QueueCounts(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "payload"),
+    [("body", None), ("state", None), ("state", b"\xff"), ("state", b"\x82\x01\x02"), ("state", b"s"), ("state", b"")],
+)
+def test_a_damaged_message_holds_up_no_other(
+    job: Job, clock: ManualClock, caplog: pytest.LogCaptureFixture, row: str, payload: bytes | None
+) -> None:
+    """It is logged and out of the way; where its value is there it is a dead letter."""
+    queue = Queue[int](job)
+    in_line, delayed = queue.put(1).result(), queue.put(2, delay=5).result()
+    queue.put_many([3, 4])
+    for id_ in (in_line, delayed):
+        if payload is None:
+            job.delete("queue", (row, id_))
+        else:
+            job.put("queue", (row, id_), payload)
+    with caplog.at_level(logging.ERROR, "persistency.recipes"):
+        assert [message.value for message in queue.take_many(2).result()] == [3, 4]
+        clock.advance(5)
+        assert queue.take().result() is None
+    logged = [(vars(one)["persistency_event"], vars(one)["persistency_message"]) for one in caplog.records]
+    assert logged == [("message_damaged", in_line), ("message_damaged", delayed)]
+    letters = queue.dead().result()
+    assert [letter.value for letter in letters] == ([1, 2] if row == "state" else [])
+    assert queue.revive(in_line).result() == (row == "state")
+    assert queue.purge_dead().result() == (row == "state")
+    assert queue.counts().result().dead == 0
+
+
+def test_a_damaged_dead_letter_can_be_revived_and_purged(job: Job) -> None:
+    """What is known of it is lost, its value isn't."""
+    queue = Queue[int](job, backoff=0)
+    ids = queue.put_many([1, 2]).result()
+    for message in queue.take_many(2).result():
+        message.bury("no use")
+    for id_ in ids:
+        job.put("queue", ("state", id_), b"\xff")
+    assert [letter.value for letter in queue.dead().result()] == [1, 2]
+    assert queue.cancel(ids[0]).result() is False
+    assert queue.revive(limit=1).result() == 1
+    assert taken(queue).value == 1
+    assert queue.purge_dead().result() == 1
+    assert queue.counts().result() == QueueCounts(0, 0, 1, 0)
+
+
+def test_whoever_sees_that_a_lease_is_over_goes_by_the_terms_it_was_taken_on(job: Job, clock: ManualClock) -> None:
+    """A producer or a monitor has terms of its own, and decides nothing over what a consumer has taken."""
+    consumer, producer = Queue[int](job, attempts_max=100), Queue[int](job, attempts_max=1)
+    consumer.put(1)
+    for attempt in range(1, 4):
+        assert taken(consumer, lease=1).attempt == attempt
+        clock.advance(1)
+        assert producer.counts().result() == QueueCounts(1, 0, 0, 0)
+    taken(producer, lease=1)
+    clock.advance(1)
+    assert consumer.counts().result() == QueueCounts(0, 0, 0, 1)
 
 
 # -- a message as a context ----------------------------------------------------------------------------------------
@@ -701,6 +871,70 @@ def test_a_block_that_has_told_the_message_something_is_left_at_that(job: Job) -
     with taken(queue) as message:
         job.run(message.ack_in)
     assert queue.counts().result() == QueueCounts(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("verb", ["ack", "bury", "release", "retry", "ack_in"])
+def test_a_block_that_has_told_and_then_raises_has_lost_nothing(
+    job: Job, caplog: pytest.LogCaptureFixture, verb: str
+) -> None:
+    """What it has told stands, and nobody is told that the message was lost."""
+    queue = Queue[str](job)
+    queue.put("a")
+    message = taken(queue)
+
+    def work() -> None:
+        with message:
+            told = job.run(message.ack_in) if verb == "ack_in" else getattr(message, verb)()
+            assert told.result() is True
+            raise OSError("afterwards")
+
+    with caplog.at_level(logging.WARNING, "persistency.recipes"), pytest.raises(OSError, match="afterwards"):
+        work()
+    assert not message.lost
+    assert caplog.records == []
+    assert sum(queue.counts().result()) == (0 if verb.startswith("ack") else 1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_acknowledgement_that_was_undone_tells_nothing(job: Job, fails: bool) -> None:
+    """The end of the block decides then, as if it hadn't been tried."""
+    queue = Queue[str](job)
+    queue.put("a")
+    message = taken(queue)
+
+    def book(tx: Transaction) -> None:
+        assert message.ack_in(tx)
+        raise OSError("undone")
+
+    def work() -> None:
+        with message:
+            reply = job.run(book)
+            if fails:
+                reply.result()
+            assert isinstance(reply.exception(), OSError)
+
+    if fails:
+        with pytest.raises(OSError, match="undone"):
+            work()
+    else:
+        work()
+    assert queue.counts().result() == (QueueCounts(0, 1, 0, 0) if fails else QueueCounts(0, 0, 0, 0))
+
+
+class Mute(Exception):
+    """An exception that can't be shown."""
+
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
+def test_an_exception_that_cant_be_shown_is_a_failed_attempt(job: Job) -> None:
+    """The message is tried again, and the exception is passed on."""
+    queue = Queue[str](job, backoff=0)
+    queue.put("a")
+    with pytest.raises(Mute), taken(queue):
+        raise Mute
+    assert taken(queue).error == "Mute"
 
 
 def test_a_block_that_takes_too_long_is_logged(job: Job, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
@@ -781,6 +1015,37 @@ def test_a_lease_that_is_lost_is_kept_alive_no_more(job: Job, clock: ManualClock
     assert message.lost
 
 
+def test_a_message_that_was_told_is_kept_alive_no_more(job: Job) -> None:
+    """An early `ack` in the block isn't taken for a lost lease."""
+    queue = Queue[str](job, lease=0.03)
+    queue.put("a")
+    message = taken(queue)
+    kept = message.keep_alive()
+    renewed: Future[Reply[bool] | None] = Future()
+    renew = kept._renew
+
+    def noted() -> Reply[bool] | None:
+        answer = renew()
+        if message._told and not renewed.done():
+            renewed.set_result(answer)
+        return answer
+
+    kept._renew = noted
+    with message, kept:
+        assert message.ack().result()
+        assert renewed.result(WAIT) is None
+    assert not message.lost
+
+
+def test_a_runner_that_fails_oddly_harms_only_its_own_lease(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    """The thread that renews for all goes on."""
+    odd, good = queue_alive.KeptAlive("odd", 0.03, lambda: 1 // 0, print), threading.Event()
+    fine = queue_alive.KeptAlive("fine", 0.06, good.set, print)  # type: ignore[arg-type]  # it answers None
+    with caplog.at_level(logging.WARNING, "persistency.recipes"), odd, fine:
+        assert good.wait(WAIT)
+    assert {vars(one)["persistency_event"] for one in caplog.records} == {"lease_not_renewed"}
+
+
 # -- waiting -------------------------------------------------------------------------------------------------------
 
 
@@ -844,6 +1109,50 @@ def test_who_waits_is_woken_when_something_is_due(live: Job) -> None:
     for thread in threads:
         thread.join(WAIT)
     assert sorted(found) == ["delayed", "lease", "retry"]
+
+
+def test_a_clock_that_jumps_is_noticed(job: Job, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who watches the clock doesn't rely on how long it seemed to take: a clock is set, and a machine sleeps."""
+    monkeypatch.setattr(queue_module, "_STATE_LOOK_S", 0.01)
+    monkeypatch.setattr(queue_module, "_DUE_LOOK_S", 0.02)
+    queue = Queue[str](job)
+    queue.put("later", delay=3600)
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(queue.receive(WAIT).value))
+    thread.start()
+    listening(queue, 1)
+    clock.advance(3600)
+    thread.join(2 * WAIT)
+    assert found == ["later"]
+
+
+def test_nobody_waits_for_a_job_that_is_poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that can't go on, as its file is gone, tells everybody who waits."""
+    monkeypatch.setattr(queue_module, "_STATE_LOOK_S", 0.01)
+    p = Persistency(tmp_path)
+    job = p.open_job("work")
+    queue = Queue[int](job)
+    raised: list[BaseException] = []
+
+    def consume() -> None:
+        try:
+            queue.receive(WAIT)
+        except PersistencyError as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=consume) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    listening(queue, 2)
+    for path in tmp_path.glob("work.db*"):
+        path.rename(tmp_path / f"moved-{path.name}")
+    with pytest.raises(Poisoned):
+        job.compare_and_set("a", ("b",), None, b"c").result()
+    for thread in threads:
+        thread.join(2 * WAIT)
+    assert [type(error) for error in raised] == [Poisoned, Poisoned]
+    with suppress(PersistencyError):
+        p.close(WAIT)
 
 
 def test_nobody_polls_a_job(live: Job) -> None:

@@ -20,8 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persistency import Corrupt, Job, Misuse, Persistency, Reply, Transaction, key
-from persistency.recipes import RateLimiter, Verdict
+from persistency import CBOR, Corrupt, Job, Misuse, Persistency, Reply, Transaction, key
+from persistency.recipes import Baton, RateLimiter, Verdict, ratelimit
+from persistency.recipes.waiting import Nap
 from persistency.testing import ManualClock
 from tests.crash.running import PROJECT, command
 from tests.loops import WAIT, InLoop, Task, bounded, together
@@ -219,11 +220,40 @@ def test_other_limit_goes_on_from_there(job: Job, clock: ManualClock) -> None:
     assert RateLimiter(job, limit=7, per=7, burst=1).peek("who").result() == Verdict(False, 0, 4.0)
 
 
-def test_foreign_rows_are_corrupt(job: Job) -> None:
+def test_other_limit_is_rounded_up(job: Job) -> None:
+    """A third of a millisecond is a whole one, where the new limit knows no thirds: nobody gets more by it."""
+    assert RateLimiter(job, limit=3, per=0.001).check("who").result().allowed
+    assert not RateLimiter(job, limit=1, per=0.001).check("who").result().allowed
+
+
+@pytest.mark.parametrize("row", [1, [], [1], [1, 0], [1, 1, [1]], [1, 1, {"a": 1}], [1, 1, {}, 1]], ids=str)
+def test_foreign_rows_are_corrupt(job: Job, row: Any) -> None:
     """What a limiter hasn't written it doesn't take for a number."""
-    job.put("limits", ("who",), b"\x01")
+    job.put("limits", ("who",), CBOR.encode(row))
     with pytest.raises(Corrupt, match="who"):
         RateLimiter(job, limit=1, per=1).check("who").result()
+
+
+def test_transaction_of_another_job_is_refused(tmp_path: Path) -> None:
+    """What is counted there says nothing here: `Misuse`, and nothing is taken in either."""
+    with Persistency(tmp_path) as store:
+        job, other = store.open_job("limits"), store.open_job("other")
+        limiter = RateLimiter(job, limit=1, per=60)
+        with pytest.raises(Misuse, match="'other'"):
+            other.run(limiter.check_in, "who").result()
+        assert job.count("limits").result() == other.count("limits").result() == 0
+
+
+@pytest.mark.parametrize(
+    ("per", "ms"),
+    [(0.0014, 2), (0.001, 1), (0.069, 69), (1.005, 1005), (2.3, 2300), (2.007, 2007), (1, 1000), (0.010001, 11)],
+)
+def test_fraction_of_a_millisecond_counts_as_a_whole_one(job: Job, clock: ManualClock, per: float, ms: int) -> None:
+    """So no more gets through than `limit` in `per`; and what was written as whole milliseconds is taken so."""
+    for length in (per, timedelta(seconds=per)):
+        limiter = RateLimiter(job, f"by {type(length).__name__}", limit=1, per=length)
+        assert limiter.check("who").result().allowed
+        assert limiter.peek("who").result().retry_after == ms / 1000
 
 
 # -- waiting for one's turn --------------------------------------------------------------------------------------------
@@ -276,7 +306,7 @@ def test_tasks_take_turns(tmp_path: Path, in_loop: InLoop) -> None:
 
 
 def test_turn_given_up_goes_back(job: Job, in_loop: InLoop) -> None:
-    """A cancelled task has taken nothing, if nobody has come after it; else its turn is lost."""
+    """A cancelled task has taken nothing, once nobody is left who has come after it."""
     limiter = RateLimiter(job, limit=1, per=100)
 
     def retry_after() -> float:
@@ -296,9 +326,90 @@ def test_turn_given_up_goes_back(job: Job, in_loop: InLoop) -> None:
                 await anyio.lowlevel.checkpoint()
             assert retry_after() == 300
             second.cancel()
-        assert retry_after() == 200
+        while retry_after() > 100:  # the job has it undone a little after the tasks have ended
+            await anyio.lowlevel.checkpoint()
+        assert retry_after() == 100
 
     in_loop(bounded, main)
+
+
+def test_batch_given_up_goes_back(job: Job, clock: ManualClock, in_loop: InLoop) -> None:
+    """Cancelled in any order, with others' turns among them: what they had reserved is as if they had never come."""
+    limiter = RateLimiter(job, limit=1, per=60)
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            tasks = []
+            for _ in range(20):
+                tasks.append(Task(group, partial(limiter.atake, "who")))
+                while limiter.peek("who").result().retry_after < 60 * (len(tasks) + 10):
+                    await anyio.lowlevel.checkpoint()
+            for task in tasks[:7] + tasks[12:] + tasks[7:12]:
+                task.cancel()
+        while limiter.peek("who").result().retry_after > 60 * 10:  # undone a little after the tasks have ended
+            await anyio.lowlevel.checkpoint()
+
+    for _ in range(10):  # these have theirs, and keep them
+        job.run(ratelimit._reserve, limiter._rate, key("who"), 1, float("inf")).result()
+    in_loop(bounded, main)
+    assert limiter.peek("who").result().retry_after == 60 * 10
+    clock.advance(60 * 10)
+    assert limiter.check("who").result().allowed
+
+
+def test_turn_given_up_and_past_is_forgotten(job: Job, clock: ManualClock) -> None:
+    """Only turns that are still to come are remembered, and no more than there is room for; the first stay taken."""
+    limiter, which = RateLimiter(job, limit=1, per=1), key("who")
+    rate = limiter._rate
+
+    def reserve() -> int:
+        reserved = job.run(ratelimit._reserve, rate, which, 1, float("inf")).result()
+        assert reserved.arrival is not None
+        return reserved.arrival
+
+    def given_up() -> int:
+        row = CBOR.decode(job.get("limits", which).result() or b"")
+        return len(row[2]) if len(row) > 2 else 0
+
+    turns = [reserve() for _ in range(ratelimit._GIVEN_UP_MAX + 10)]
+    for turn in turns[:-1]:
+        job.run(ratelimit._undo, rate, which, rate.step, turn).result()
+    assert given_up() == ratelimit._GIVEN_UP_MAX
+    clock.advance(len(turns) - 5)
+    job.run(ratelimit._undo, rate, which, rate.step, turns[0]).result()  # it is past
+    reserve()
+    assert given_up() == 4
+    other = RateLimiter(job, limit=2, per=1)
+    assert other.check("who").result().allowed is False
+    job.run(ratelimit._undo, other._rate, which, other._rate.step, turns[-1] * 2).result()  # by another limit: nothing
+    assert given_up() == 4
+    assert limiter.peek("who").result().retry_after == 6.0
+
+
+def test_free_turn_is_had_with_a_timeout_of_0(job: Job, tmp_path: Path, in_loop: InLoop) -> None:
+    """However long the answer takes: in a loop, over a baton, and of a job that is busy."""
+    limiter = RateLimiter(job, limit=20, per=3600)
+
+    async def main() -> None:
+        for _ in range(20):
+            await limiter.atake("who", timeout=0)
+        with pytest.raises(TimeoutError, match="turn"):
+            await limiter.atake("who", timeout=0)
+
+    in_loop(bounded, main)
+    with Persistency(tmp_path / "shared") as store, Baton(store, "limits") as baton:
+        shared = RateLimiter(baton, limit=1, per=3600)
+        shared.take("who", timeout=0)
+        with pytest.raises(TimeoutError, match="turn"):
+            shared.take("who", timeout=timedelta(0))
+    runner = Kept(job)
+    steps = RateLimiter(runner, limit=1, per=100)._taking("busy", 1, 0)
+    nap = next(steps)
+    assert isinstance(nap, Nap)
+    assert nap.seconds is None
+    runner.calls.pop()()
+    with pytest.raises(StopIteration):
+        steps.send(True)
 
 
 class Kept:
@@ -336,7 +447,8 @@ def test_turn_that_comes_too_late_goes_back(job: Job) -> None:
     [
         {"runner": None}, {"name": ""}, {"name": 1}, {"name": "\ud800"}, {"limit": 0}, {"limit": 1.5},
         {"limit": True}, {"limit": 10**10}, {"per": 0}, {"per": -1}, {"per": "1"}, {"per": float("nan")}, {"per": 1e10},
-        {"burst": 0}, {"burst": "1"},
+        {"burst": 0}, {"burst": "1"}, {"per": timedelta(seconds=-1)}, {"per": 10**400},
+        {"per": 1e9, "burst": 10**9}, {"per": 1e9, "burst": 2},
     ],
     ids=str,
 )  # fmt: skip
@@ -355,8 +467,9 @@ def test_wrong_numbers_are_misuse(job: Job, n: Any) -> None:
             verb("who", n)
     with pytest.raises(Misuse):
         job.run(limiter.check_in, "who", n).result()
-    with pytest.raises(Misuse):
-        limiter.take("who", timeout=-1)
+    for timeout in (-1, timedelta(seconds=-1), float("nan"), "1", True):
+        with pytest.raises(Misuse, match="timeout"):
+            limiter.take("who", timeout=timeout)  # type: ignore[arg-type]  # that is what is tried
     with pytest.raises(Misuse):
         limiter.check(object())  # type: ignore[arg-type]  # no key
     assert job.count("limits").result() == 0

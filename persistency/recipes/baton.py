@@ -29,9 +29,9 @@ from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple, Unpack
 
 from persistency import Closed, Forked, Job, JobLocked, Misuse, OpenOptions, Overloaded, Persistency, Reply, Transaction
 from persistency.logfields import about
-from persistency.recipes.baton_pace import HOLD_S, Pace
+from persistency.recipes.baton_pace import HOLD_S, Pace, as_seconds
 from persistency.recipes.baton_process import ends, look_after, seat_of
-from persistency.recipes.runner import check_function
+from persistency.recipes.runner import bytes_of, check_function
 from persistency.recipes.waiting import unanswered
 
 log: logging.Logger = logging.getLogger("persistency.recipes")
@@ -40,6 +40,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 CALLS_MAX = 8192
+BYTES_MAX = 32 * 1024 * 1024  # of their arguments
 _SEAT_S = 0.005  # so often it is looked who has waited long enough for another baton of this process
 
 
@@ -48,6 +49,7 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
     future: Future[Any]
     until: float  # when it has waited for the job long enough
+    nbytes: int  # of its arguments
 
 
 class Baton:
@@ -58,6 +60,8 @@ class Baton:
     call, in case more is asked for; others wait meanwhile. `poll`: how many seconds may pass, at most, until somebody
     who waits for a change made by another process sees it. `exit_timeout`: how many seconds the exit of the interpreter
     may take to do what is still to be done. All others are options of `Persistency.open_job`.
+
+    Leave a baton before its `Persistency`: what is asked for and not done when that is closed fails with `Closed`.
 
     Don't close a job by a handle of the same `Persistency` that was opened while a baton had it: to use a job both ways
     in one process, open it before the baton does, or through a `Persistency` of its own.
@@ -87,15 +91,17 @@ class Baton:
         self._persistency = persistency
         self._id = job_id
         self._options = options
-        self._wait = _seconds(wait, "wait")
-        self._keep = _seconds(keep, "keep")
-        self._poll = _seconds(poll, "poll", above=True)
-        self.exit_timeout: float = _seconds(exit_timeout, "exit_timeout")
+        self._wait = as_seconds(wait, "wait")
+        self._keep = as_seconds(keep, "keep")
+        self._poll = as_seconds(poll, "poll", above=True)
+        self.exit_timeout: float = as_seconds(exit_timeout, "exit_timeout")
         self._seat = seat_of(persistency, job_id)
         self._lock = threading.RLock()  # `__del__` and signal handlers ask for things, too
         self._calls: deque[_Call] = deque()
+        self._nbytes = 0  # of them all
         self._posted: SimpleQueue[None] = SimpleQueue()  # rung while the job is kept for more
-        self._server: int | None = None  # the thread that has the work
+        self._server: int | None = None  # the thread that has the work, or the mark of one that begins
+        self._mark = 0  # below 0: no thread's
         self._inside: int | None = None  # the thread that is in one of the functions
         self._job: Job | None = None  # while the server has it
         self._doing: _Call | None = None
@@ -132,7 +138,8 @@ class Baton:
 
         The reply raises what `fn` raises; `JobLocked` if others had the job for `wait` seconds; `Closed` if the
         `Persistency` was closed; or why the job couldn't be opened. Raises `Misuse` for what isn't a plain function and
-        inside a function that this baton is running, `Overloaded` if 8,192 calls wait already, `Closed`, `Forked`.
+        inside a function that this baton is running, `Overloaded` if 8,192 calls wait already, or 32 MiB of bytes and
+        text that are arguments of theirs, `Closed`, `Forked`.
         """
         self._check_here()
         check_function(fn)
@@ -142,22 +149,25 @@ class Baton:
                 hint="Use the transaction the function was given: tx.run(fn, *args).",
             )
         future, reply = unanswered()
-        call = _Call(fn, args, future, monotonic() + self._wait)
+        call = _Call(fn, args, future, monotonic() + self._wait, bytes_of(args))
         with self._lock:
             if self._closed:
                 raise Closed(f"{self!r} is closed", hint="Make a new Baton.")
             if self._server != threading.get_ident():
                 if len(self._calls) >= CALLS_MAX:
                     raise Overloaded(f"{CALLS_MAX:,} calls wait already", hint="Wait for the replies of some first.")
+                if self._nbytes and self._nbytes + call.nbytes > BYTES_MAX:
+                    raise Overloaded(f"{self._nbytes:,} bytes wait already", hint="Wait for the replies of some first.")
                 self._calls.append(call)
+                self._nbytes += call.nbytes
                 self._posted.put(None)
-                mine = self._begin()
+                mine = self._begin(call)
             else:
                 mine = None
         if mine is None:
             self._do_at_once(call)
         elif mine:
-            self._serve()
+            self._serve(self._mark)
         return reply
 
     def _do_at_once(self, call: _Call) -> None:
@@ -167,28 +177,34 @@ class Baton:
         else:
             call.future.set_exception(self._failing or Closed(f"{self!r} has given the job back"))
 
-    def _begin(self) -> bool:
+    def _begin(self, call: _Call) -> bool:
         """See that somebody serves; return whether it is to be this thread. The lock is held."""
         if self._server is not None:
             return False
         # Not named as the engine's own threads: the exit doesn't wait for its end as it does for theirs.
-        thread = threading.Thread(target=self._serve, name=f"baton:{self._id}", daemon=True)
-        self._server = -1
+        self._mark -= 1
+        thread = threading.Thread(target=self._serve, args=(self._mark,), name=f"baton:{self._id}", daemon=True)
+        self._server = self._mark
         if ends():  # a thread would be cut off in the middle
             return True
         try:
             thread.start()
         except RuntimeError:  # the interpreter is about to end, and starts no threads any more
             return True
-        except BaseException:
+        except BaseException:  # an interrupt: the thread, if it has begun, finds another mark, and the call isn't made
             self._server = None
+            self._calls = deque(one for one in self._calls if one is not call)
+            self._nbytes -= call.nbytes
             raise
         return False
 
     # -- in the thread that serves -------------------------------------------------------------------------------
 
-    def _serve(self) -> None:
-        self._server = threading.get_ident()
+    def _serve(self, mark: int) -> None:
+        with self._lock:
+            if self._server != mark:
+                return
+            self._server = threading.get_ident()
         try:
             while True:
                 with self._lock:
@@ -257,6 +273,7 @@ class Baton:
         while monotonic() < last:
             with self._lock:
                 call = self._calls.popleft() if self._calls else None
+                self._nbytes -= 0 if call is None else call.nbytes
             if call is not None:
                 self._do(job, call)
                 idle_since = monotonic()
@@ -304,13 +321,14 @@ class Baton:
         with self._lock:
             late = [call for call in self._calls if call.until <= now]
             self._calls = deque(call for call in self._calls if call.until > now)
+            self._nbytes -= sum(call.nbytes for call in late)
         self._settle_failed(late, error)
         return bool(self._calls)
 
     def _fail(self, error: BaseException) -> None:
         """Tell everybody."""
         with self._lock:
-            calls, self._calls = self._calls, deque()
+            calls, self._calls, self._nbytes = self._calls, deque(), 0
         self._settle_failed(calls, error)
 
     def _settle_failed(self, calls: Iterable[_Call], error: BaseException) -> None:
@@ -378,11 +396,3 @@ class Baton:
         while self._server is not None and monotonic() < deadline:
             sleep(0.001)
         return len(self._calls) + (self._doing is not None)
-
-
-def _seconds(value: Any, argument: str, *, above: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Misuse(f"{argument} must be a number, not {type(value).__name__}: pass seconds")
-    if not (value > 0 if above else value >= 0):  # NaN too
-        raise Misuse(f"{argument} must be {'more than 0' if above else '0 or more'} seconds, not {value!r}")
-    return min(float(value), threading.TIMEOUT_MAX / 2)

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from persistency import Misuse
 
 HOLD_S = 0.03
 _PAUSE_S = 0.007
@@ -69,3 +72,12 @@ class Pace:
             return os.stat(str(self.path)).st_mtime_ns, os.path.exists(f"{self.path}-wal")
         except OSError:
             return None
+
+
+def as_seconds(value: Any, argument: str, *, above: bool = False) -> float:
+    """Return a number of seconds that a thread can wait. Raises `Misuse`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Misuse(f"{argument} must be a number, not {type(value).__name__}: pass seconds")
+    if not (value > 0 if above else value >= 0):  # NaN too
+        raise Misuse(f"{argument} must be {'more than 0' if above else '0 or more'} seconds, not {value!r}")
+    return min(float(value), threading.TIMEOUT_MAX / 2)

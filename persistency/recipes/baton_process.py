@@ -17,15 +17,30 @@ import sys
 import threading
 from time import monotonic
 from typing import Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from persistency import Persistency
 
 _gate = threading.RLock()
-_seats: WeakKeyDictionary[Persistency, dict[str, threading.Lock]] = WeakKeyDictionary()
+_seats: WeakKeyDictionary[Persistency, WeakValueDictionary[str, Seat]] = WeakKeyDictionary()
 _looked_after: WeakSet[LookedAfter] = WeakSet()
 _exiting = False
 _finalized_in: int | None = None  # the process in which multiprocessing calls the hook, too
+
+
+class Seat:
+    """What whoever has a job through a `Persistency` holds: a lock that is there as long as a baton may want it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def acquire(self, timeout: float) -> bool:
+        """Take it within so many seconds; return whether that was possible."""
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        """Leave it to the next one."""
+        self._lock.release()
 
 
 class LookedAfter(Protocol):
@@ -43,10 +58,10 @@ class LookedAfter(Protocol):
         raise NotImplementedError
 
 
-def seat_of(persistency: Persistency, job_id: str) -> threading.Lock:
+def seat_of(persistency: Persistency, job_id: str) -> Seat:
     """Return what whoever has a job through a `Persistency` holds."""
     with _gate:
-        return _seats.setdefault(persistency, {}).setdefault(job_id, threading.Lock())
+        return _seats.setdefault(persistency, WeakValueDictionary()).setdefault(job_id, Seat())
 
 
 def look_after(baton: LookedAfter) -> None:

@@ -6,6 +6,7 @@ Rules:
      the first looks again every `poll` seconds of its runner, and in any case when the holder's lease is over.
   3. Whoever gives up waiting has given back what may come to him all the same.
   4. Who has entered it by `with` and asks for it again would wait for himself: that is `Misuse`.
+  5. A timeout of 0 is one attempt, however long its answer takes. Any other bounds the attempts as well.
 
 Doesn't know: what it is for; its row (`lock_rows`), the holder's side of it (`lock_grant`), renewing (`lock_keeper`).
 """
@@ -16,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +32,7 @@ from persistency.recipes.waiting import Nap, Steps, adrive, drive
 __all__ = ["Grant", "Lock", "LockLost"]
 
 LEASE_SECONDS_MIN = 0.01
-LEASE_SECONDS_MAX = 1e9
+LEASE_SECONDS_MAX = 1e9  # who waits for longer waits for ever
 _NAME_BYTES_MAX = 1024
 _CATEGORY_BYTES_MAX = 255
 _FOREVER = float("inf")
@@ -39,10 +41,11 @@ _FOREVER = float("inf")
 class Lock:
     """A lock in a job, by its name: for the threads, tasks and, with a `Baton`, processes that share the job.
 
-    `runner`: a `Job` or a `Baton`. `lease`: for how many seconds the lock stays held if nothing is heard of its holder,
-    from 0.01. `renew`: begin the lease anew in the background every third of it, as long as the grant is held; without,
-    it is lost after one lease, unless its holder calls `renew()`. `on_lost`: called with the grant, once, when that is
-    lost. `category`: where the job keeps its locks. Any number of `Lock` objects of one name are the same lock.
+    `runner`: a `Job` or a `Baton`. `lease`: for how many seconds (or a `timedelta`) the lock stays held if nothing is
+    heard of its holder, from 0.01. `renew`: begin the lease anew in the background every third of it, as long as the
+    grant is held; without, it is lost after one lease, unless its holder calls `renew()`. `on_lost`: called with the
+    grant, once, when that is lost. `category`: where the job keeps its locks. Any number of `Lock` objects of one name
+    are the same lock.
 
     It is not re-entrant, and has no owner: a `Grant` may be released by any thread. Raises `Misuse`.
     """
@@ -54,7 +57,7 @@ class Lock:
         runner: Runner,
         name: str,
         *,
-        lease: float = 30.0,
+        lease: float | timedelta = 30.0,
         renew: bool = True,
         on_lost: Callable[[Grant], object] | None = None,
         category: str = "locks",
@@ -84,19 +87,26 @@ class Lock:
         return self._terms.lease
 
     def try_acquire(self) -> Reply[Grant | None]:
-        """Answer with a grant, or with `None` if the lock is held."""
-        self._check_here()
-        return self._terms.runner.run(take, self._terms.row).map(self._granted)
+        """Answer with a grant, or with `None` if the lock is held.
 
-    def acquire(self, timeout: float | None = None) -> Grant:
-        """Wait until the lock is free, and take it. Raises `TimeoutError` after so many seconds."""
+        Given back is what nobody has looked at when the reply is garbage.
+        """
+        self._check_here()
+        asked = self._terms.runner.run(take, self._terms.row)
+        return asked.map(_Offer(self, asked))
+
+    def acquire(self, timeout: float | timedelta | None = None) -> Grant:
+        """Wait until the lock is free, and take it.
+
+        Raises `TimeoutError` after `timeout` seconds, or a `timedelta`; with 0, if it isn't free at the one attempt.
+        """
         return drive(self._acquiring(timeout))
 
-    async def aacquire(self, timeout: float | None = None) -> Grant:
+    async def aacquire(self, timeout: float | timedelta | None = None) -> Grant:
         """Do what `acquire` does, without blocking the event loop. A cancelled task has not got the lock."""
         return await adrive(self._acquiring(timeout))
 
-    def _acquiring(self, timeout: float | None) -> Steps[Grant]:
+    def _acquiring(self, timeout: float | timedelta | None) -> Steps[Grant]:
         """Return the steps of waiting for the lock. What can be wrong is found before the first."""
         self._check_here()
         left = _FOREVER if timeout is None else _seconds(timeout, "timeout")
@@ -105,9 +115,9 @@ class Lock:
                 f"{self!r} is asked for by whoever is inside of it already, and would be waited for without an end",
                 hint="It isn't re-entrant: acquire it once, around all that needs it.",
             )
-        return self._wait(clock() + left)
+        return self._wait(clock() + left, _FOREVER if left == 0 else clock() + left)
 
-    def _wait(self, until: float) -> Steps[Grant]:
+    def _wait(self, until: float, answered_until: float) -> Steps[Grant]:
         runner, row, _, _, line = self._terms
         poll = poll_of(runner)
         turn = line.join()
@@ -115,10 +125,10 @@ class Lock:
         try:
             while True:
                 rung = turn.listen()
-                again = _FOREVER
+                again = clock() + self._terms.lease  # should nobody be left of those before, nobody rings either
                 if line.is_first(turn):
                     asked = runner.run(take, row)
-                    if not (yield _nap(asked, until)) or asked.cancelled():
+                    if not (yield _nap(asked, answered_until)) or asked.cancelled():
                         break
                     taken, asked = asked.result(), None
                     grant = self._granted(taken)
@@ -128,6 +138,8 @@ class Lock:
                 if clock() >= until:
                     break
                 yield _nap(rung, min(again, until))
+                if clock() >= until:  # an attempt would be given up at once
+                    break
             raise TimeoutError(f"lock {row.name!r} of job {runner.id!r} wasn't free in time")
         finally:
             if asked is not None:
@@ -135,7 +147,7 @@ class Lock:
             line.leave(turn)
 
     def _granted(self, taken: Taken) -> Grant | None:
-        return None if taken.token is None else Grant(self._terms, taken.token, taken.until)
+        return None if taken.token is None else Grant(self._terms, taken.token, taken.until, taken.payload)
 
     def _give_back(self, asked: Future[Taken]) -> None:
         """Free what came to somebody who doesn't wait for it any more."""
@@ -183,6 +195,26 @@ class Lock:
         return f"<Lock {self.name!r} of job {self._terms.runner.id!r}>"
 
 
+class _Offer:
+    """Makes a grant of what an attempt gave, for whoever looks at it; if nobody ever does, it is given back."""
+
+    __slots__ = ("_asked", "_lock", "_pid")
+
+    def __init__(self, lock: Lock, asked: Reply[Taken]) -> None:
+        self._lock = lock
+        self._pid = os.getpid()
+        self._asked: Reply[Taken] | None = asked
+
+    def __call__(self, taken: Taken) -> Grant | None:
+        self._asked = None
+        return self._lock._granted(taken)
+
+    def __del__(self) -> None:
+        asked: Reply[Taken] | None = getattr(self, "_asked", None)
+        if asked is not None and self._pid == os.getpid():
+            asked.add_done_callback(self._lock._give_back)
+
+
 def _nap(reply: Reply[Any], until: float) -> Nap:
     return Nap(reply, None if until == _FOREVER else max(0.0, until - clock()))
 
@@ -199,8 +231,9 @@ def _check_text(value: Any, argument: str, most: int) -> None:
 
 
 def _seconds(value: Any, argument: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Misuse(f"{argument} must be a number, not {type(value).__name__}: pass seconds")
-    if not value >= 0:  # NaN too
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise Misuse(f"{argument} must be seconds or a timedelta, not {type(value).__name__}: pass {argument}=30.0")
+    if not seconds >= 0:  # NaN too
         raise Misuse(f"{argument} must be 0 or more seconds, not {value!r}")
-    return float(value)
+    return float(seconds) if seconds <= LEASE_SECONDS_MAX else _FOREVER

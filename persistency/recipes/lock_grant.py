@@ -24,11 +24,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from persistency import Forked, Job, PersistencyError, Reply, Transaction
+from persistency import Forked, Job, Misuse, PersistencyError, Reply, Transaction
 from persistency.logfields import about
 from persistency.recipes.lock_keeper import clock, the_keeper
 from persistency.recipes.lock_line import Line
-from persistency.recipes.lock_rows import LockRow, free, prolong, token_of
+from persistency.recipes.lock_rows import LockRow, free, is_held, prolong
 from persistency.recipes.runner import Runner
 from persistency.recipes.waiting import unanswered
 
@@ -70,6 +70,7 @@ class Grant:
         "_asking",
         "_due",
         "_guard",
+        "_payload",
         "_pid",
         "_released",
         "_state",
@@ -78,9 +79,10 @@ class Grant:
         "_until",
     )
 
-    def __init__(self, terms: Terms, token: int, until: float) -> None:
+    def __init__(self, terms: Terms, token: int, until: float, payload: bytes) -> None:
         self._terms = terms
         self._token = token
+        self._payload = payload
         self._pid = os.getpid()
         self._guard = threading.RLock()  # `__del__` and signal handlers come here too
         self._state = "held"
@@ -88,7 +90,9 @@ class Grant:
         self._released: Reply[bool] | None = None
         self._until = until
         self._due = self._next_due()
-        the_keeper().keep(self, min(self._due, until))
+        error = the_keeper().keep(self, min(self._due, until))
+        if error is not None and terms.renews:
+            self._warn(error)
 
     @property
     def token(self) -> int:
@@ -121,10 +125,16 @@ class Grant:
     def check_in(self, tx: Transaction) -> None:
         """Raise `LockLost` in a transaction of the lock's job, if the lock isn't this grant's any more.
 
-        So what the transaction writes is fenced: it is committed only if nobody has got the lock since.
+        So what the transaction writes is fenced: it is committed only if nobody has got the lock since. A transaction
+        of another job is `Misuse`: there the lock guards nothing.
         """
         self._check_here()
-        if self._state == "held" and token_of(tx, self._terms.row) != self._token:
+        if tx.job_id != self._terms.runner.id:
+            raise Misuse(
+                f"{self!r} is of job {self._terms.runner.id!r}, the transaction of job {tx.job_id!r}",
+                hint="Give what is done in another job the grant's token, and compare it with the last one seen there.",
+            )
+        if self._state == "held" and not is_held(tx, self._terms.row, self._token, self._payload):
             self._lose("its lease has run out in the job")
         if not self.held:
             raise LockLost(f"{self!r} doesn't hold the lock any more")
@@ -239,19 +249,22 @@ class Grant:
                 self._until = max(self._until, until)
                 self._due = self._next_due()
                 due = self._due
-            the_keeper().stir(due)
+            the_keeper().stir(self, due)
         return None
 
     def _postpone(self, error: BaseException) -> None:
         """Note that a renewal has failed: there is time for some more attempts."""
         if not self.held:
             return
-        fields = about("lock_not_renewed", self._terms.runner.id, error, lock=self.name, token=self._token)
-        log.warning("lock %r couldn't be renewed yet: %s", self.name, error, extra=fields)
+        self._warn(error)
         with self._guard:
             self._asking = False
             self._due = due = clock() + self._terms.lease / 12
-        the_keeper().stir(due)
+        the_keeper().stir(self, due)
+
+    def _warn(self, error: BaseException) -> None:
+        fields = about("lock_not_renewed", self._terms.runner.id, error, lock=self.name, token=self._token)
+        log.warning("lock %r couldn't be renewed yet: %s", self.name, error, extra=fields)
 
     def _next_due(self) -> float:
         """Return when a third of the lease is over."""

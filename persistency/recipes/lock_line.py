@@ -4,7 +4,10 @@ Rules:
   1. Only the first of the line asks the store for the lock; the others wait for their turn, and cost it nothing.
   2. There is one line per job, category and name in a process, whichever objects the waiters came through.
   3. A release wakes the first. Who leaves the line, with the lock or without, makes the next one the first.
-  4. Who has entered a lock by `with` is known by thread and task, so that nobody waits for himself.
+  4. Who has entered a lock by `with` is known by the task, or where there was none by the thread and the context
+     (`contextvars`), so that nobody waits for himself. A pool's thread that runs each call in a context of its own, as
+     those of asyncio and anyio do, isn't taken for whoever it worked for before.
+  5. Who waited in a loop that was closed waits no more, and holds nobody up.
 
 Doesn't know: leases, tokens, how the lock is asked for.
 """
@@ -14,10 +17,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Hashable
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Any, Generic, Protocol, TypeVar
-from weakref import WeakValueDictionary
 
 from persistency import Reply
 from persistency.recipes.waiting import unanswered
@@ -38,10 +42,16 @@ E = TypeVar("E", bound=Entered)
 class Turn:
     """One waiter's place in a line."""
 
-    __slots__ = ("_future",)
+    __slots__ = ("_future", "_loop")
 
     def __init__(self) -> None:
         self._future: Future[Any] | None = None
+        self._loop = _running_loop()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the event loop that waits was closed: nobody is there any more who could leave."""
+        return self._loop is not None and self._loop.is_closed()
 
     def listen(self) -> Reply[None]:
         """Return a reply that is settled when this waiter has become the first, or the lock was released."""
@@ -55,13 +65,36 @@ class Turn:
             future.set_result(None)
 
 
+class _Block(Generic[E]):
+    """A `with` that was entered: by whom, and with what."""
+
+    __slots__ = ("__weakref__", "grant", "task", "thread")
+
+    def __init__(self, grant: E) -> None:
+        self.grant = grant
+        self.thread = threading.get_ident()
+        self.task = _task()
+
+    def is_here(self) -> bool:
+        """Say whether it is around whoever asks."""
+        if self.thread != threading.get_ident():
+            return False
+        if self.task is not None:
+            return self.task is _task()
+        return any(reference() is self for reference in _around.get())
+
+
+# The blocks that were entered in this context, outside of any task.
+_around: ContextVar[tuple[weakref.ref[_Block[Any]], ...]] = ContextVar("persistency_lock_blocks", default=())
+
+
 class Line(Generic[E]):
     """Those who wait for one lock, and those who have entered it by `with`."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # signal handlers and `__del__` release too
         self._turns: list[Turn] = []
-        self._entered: list[tuple[Hashable, E]] = []
+        self._entered: list[_Block[E]] = []
 
     def join(self) -> Turn:
         """Stand at the end."""
@@ -72,51 +105,58 @@ class Line(Generic[E]):
 
     def is_first(self, turn: Turn) -> bool:
         """Say whether it is this one's turn."""
+        return self._first() is turn
+
+    def _first(self) -> Turn | None:
         with self._lock:
-            return self._turns[0] is turn
+            while self._turns and self._turns[0].gone:
+                del self._turns[0]
+            return self._turns[0] if self._turns else None
 
     def leave(self, turn: Turn) -> None:
         """Wait no longer."""
         with self._lock:
-            first = self._turns[0] is turn
-            self._turns.remove(turn)
+            first = self._first() is turn
+            if turn in self._turns:
+                self._turns.remove(turn)
         if first:
             self.ring()
 
     def ring(self) -> None:
         """Wake the first: the lock may be free, or it is its turn now."""
-        with self._lock:
-            first = self._turns[0] if self._turns else None
+        first = self._first()
         if first is not None:
             first.ring()
 
     # -- who has entered it by `with` ------------------------------------------------------------------------------
 
     def enter(self, grant: E) -> None:
-        """Note that this thread, or task, has entered."""
+        """Note that this task, or thread, has entered."""
         with self._lock:
-            self._entered.append((_who(), grant))
+            block = _Block(grant)
+            self._entered.append(block)
+        if block.task is None:
+            _around.set((*(outer for outer in _around.get() if outer() is not None), weakref.ref(block)))
 
     def has_entered(self) -> bool:
-        """Say whether this thread, or task, is inside, so that it would wait for itself."""
+        """Say whether whoever asks is inside, so that it would wait for itself."""
         with self._lock:
-            return bool(self._entered) and any(who == _who() and grant.held for who, grant in self._entered)
+            return any(block.is_here() and block.grant.held for block in self._entered)
 
     def exit(self) -> E:
-        """Return what this thread, or task, has entered with, and forget it.
+        """Return what whoever leaves has entered with, and forget it.
 
         Two are inside only where one has lost the lock. Who leaves in another thread than it entered in (as generators
         may that a framework drives) is taken for that one.
         """
         with self._lock:
-            me = _who()
-            own = [at for at, (who, _) in enumerate(self._entered) if who == me]
-            lost = [at for at, (_, grant) in enumerate(self._entered) if not grant.held]
-            return self._entered.pop([*reversed(own), *lost, -1][0])[1]
+            own = [at for at, block in enumerate(self._entered) if block.is_here()]
+            lost = [at for at, block in enumerate(self._entered) if not block.grant.held]
+            return self._entered.pop([*reversed(own), *lost, -1][0]).grant
 
 
-def _who() -> Hashable:
-    """Return who is running: the thread, and the task of asyncio or trio in it."""
+def _task() -> Any:
+    """Return the task of asyncio or trio that is running in this thread, if one is."""
     task = None
     for module, name in (("asyncio", "current_task"), ("trio.lowlevel", "current_task")):
         current = getattr(sys.modules.get(module), name, None)  # neither is imported for somebody who hasn't
@@ -124,10 +164,16 @@ def _who() -> Hashable:
             task = task if current is None else current() or task
         except RuntimeError:  # no such loop runs in this thread
             continue
-    return threading.get_ident(), task
+    return task
 
 
-_lines: WeakValueDictionary[Hashable, Line[Any]] = WeakValueDictionary()
+def _running_loop() -> Any:
+    """Return the loop of asyncio that runs in this thread. Trio's isn't closed before all of its tasks have ended."""
+    running: Any = getattr(sys.modules.get("asyncio.events"), "_get_running_loop", None)
+    return None if running is None else running()
+
+
+_lines: weakref.WeakValueDictionary[Hashable, Line[Any]] = weakref.WeakValueDictionary()
 _lines_lock = threading.RLock()
 
 

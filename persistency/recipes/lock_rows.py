@@ -4,10 +4,11 @@ A lock that is held is one row, which ends when the lease does; while it is free
 
 | category | key | payload, in CBOR |
 |---|---|---|
-| locks | (name,) | {"pid": the holder's process}, for whoever looks into the file |
+| locks | (name,) | {"pid": the holder's process, "grant": eight random bytes} |
 
 The row's version is the holder's token: versions grow within a job and none is given twice, and beginning a lease anew
-(`touch`) leaves the version as it is. So "is it still mine" is one comparison.
+(`touch`) leaves the version as it is. So "is it still mine" is one comparison. The process is for whoever looks into
+the file; the random bytes tell the row from one of the same version in another job of the same id.
 
 Rules:
   1. Each function here is one transaction, and compares the token before it changes anything.
@@ -50,6 +51,7 @@ class Taken(NamedTuple):
     token: int | None
     until: float
     wait_s: float
+    payload: bytes = b""  # of the row that was written
 
 
 def token_of(tx: Transaction, row: LockRow) -> int | None:
@@ -63,10 +65,16 @@ def take(tx: Transaction, row: LockRow) -> Taken:
     until = _until(row)
     held = tx.entry(row.category, row.key)
     if held is None:
-        tx.put(row.category, row.key, CBOR.encode({"pid": os.getpid()}), ttl=_lease(row))
-        return Taken(token_of(tx, row), until, 0.0)
+        payload = CBOR.encode({"pid": os.getpid(), "grant": os.urandom(8)})
+        tx.put(row.category, row.key, payload, ttl=_lease(row))
+        return Taken(token_of(tx, row), until, 0.0, payload)
     left_ms = row.lease_ms if held.expires_ms is None else held.expires_ms - tx.now_ms
     return Taken(None, until, max(left_ms, 1) / 1000)
+
+
+def is_held(tx: Transaction, row: LockRow, token: int, payload: bytes) -> bool:
+    """Say whether the lock is this token's, in the job in which it was taken."""
+    return token_of(tx, row) == token and tx.get(row.category, row.key) == payload
 
 
 def prolong(tx: Transaction, row: LockRow, token: int) -> float | None:

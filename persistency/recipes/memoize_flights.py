@@ -5,8 +5,12 @@ wait for that, in threads, asyncio and trio alike, and are given the payload, or
 
 Rules:
   1. A flight ends in whatever way its leader does: it lands, or fails, or is given up; then the next one leads.
-  2. Who is in the middle of a computation doesn't wait for one that waits for it: it computes by itself.
-  3. Nothing here locks: a dict's `setdefault` decides who leads, and a future settles once.
+  2. Who is in the middle of a computation doesn't wait for one that waits for it: it computes by itself. Whoever blocks
+     its thread is in the middle of all that is computed in that thread.
+  3. While a result is computed before its end others get the old one, as long as it is kept.
+  4. What has ended holds neither a result nor an error: a context that lives on, as that of a task started in the
+     middle, has the flight in it.
+  5. Nothing here locks: a dict's `setdefault` decides who leads, and a future settles once.
 
 Doesn't know: functions, arguments, how results are encoded.
 """
@@ -23,10 +27,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from time import monotonic
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
-from persistency import Key, PersistencyError, Reply
-from persistency.recipes.memoize_rows import Begun, Claim, begin, keep, packed, release, renew
+from persistency import Job, Key, PersistencyError, QuotaExceeded, Reply
+from persistency.recipes.memoize_rows import Begun, Claim, begin, keep, look, packed, release, renew
 from persistency.recipes.runner import Runner, place_of, poll_of
 from persistency.recipes.waiting import Nap, Steps, unanswered
 
@@ -41,23 +45,55 @@ _flights: dict[Place, Flight] = {}
 _leading: ContextVar[tuple[Flight, ...]] = ContextVar("leading", default=())
 
 
+class _Here(threading.local):
+    """The flights that are led in this thread, whichever task does."""
+
+    def __init__(self) -> None:
+        self.flights: list[Flight] = []
+
+
+_here = _Here()
+
+
+class Answer(NamedTuple):
+    """The payload of a flight, or what its computation raised; neither, if it was given up."""
+
+    payload: bytes | None
+    error: Exception | None = None
+
+
+class Stage(NamedTuple):
+    """What those who come to a flight now wait for; with `has_old` only if the kept result has ended."""
+
+    reply: Reply[Answer]
+    has_old: bool
+
+
 class Flight:
     """One computation in progress, for those who wait for it."""
 
-    __slots__ = ("_future", "reply", "waits")
+    __slots__ = ("_future", "stage", "waits")
 
     def __init__(self) -> None:
-        # The payload, or what the computation raised; neither, if it was given up. An error is an answer too: whoever
-        # waits raises it, and if nobody does, it isn't one that nobody has looked at.
-        self._future: Future[tuple[bytes | None, Exception | None]]
-        self.reply: Reply[tuple[bytes | None, Exception | None]]
-        self._future, self.reply = unanswered()
+        # An error is an answer too: whoever waits raises it; and if nobody does, it isn't one that nobody has seen.
+        self._future: Future[Answer] | None
+        self._future, reply = unanswered()
+        self.stage: Stage | None = Stage(reply, has_old=False)  # `None`: it has ended
         self.waits: list[Flight] = []  # for which others those in the middle of it wait
 
+    def share(self, payload: bytes) -> None:
+        """Tell those who wait what there is still. Who comes later looks whether it is."""
+        told = self._future
+        self._future, reply = unanswered()
+        self.stage = Stage(reply, has_old=True)
+        if told is not None:
+            told.set_result(Answer(payload))
+
     def settle(self, payload: bytes | None, error: Exception | None = None) -> None:
-        """Tell those who wait, if they weren't told yet."""
-        if not self._future.done():
-            self._future.set_result((payload, error))
+        """Tell those who wait, and end."""
+        told, self._future, self.stage = self._future, None, None
+        if told is not None:
+            told.set_result(Answer(payload, error))
 
 
 class Lead:
@@ -69,14 +105,16 @@ class Lead:
         self._alone = poll_of(runner) is None
         self._anew = anew
         self._lease = _ALONE_LEASE_S if self._alone else lease
-        self.claim = Claim(category, place, secrets.token_bytes(16), self._lease)
-        self.flight = Flight()
-        self.old: bytes | None = None  # a kept result that is still good
+        self.claim: Claim = Claim(category, place, secrets.token_bytes(16), self._lease)
+        self.flight: Flight = Flight()
+        self.has_old: bool = False  # there was a kept result when this began
         self._place: Place = (place_of(runner), category, place)
         self._began_ms = 0
         self._claimed = self._over = False
         self._renewing: threading.Event | None = None
         self._token: Token[tuple[Flight, ...]] | None = None
+        self._here = _here.flights  # of this thread, whichever one ends this
+        self._here.append(self.flight)
 
     def board(self) -> Flight:
         """Return the flight there is to this result: one's own, if there was none."""
@@ -91,7 +129,14 @@ class Lead:
         waits = not self._alone and not self._anew
         while True:
             self._claimed = True
-            begun: Begun = yield self.runner.run(begin, self.claim, ahead, waits, self._anew)
+            begun: Begun
+            try:
+                begun = yield self.runner.run(begin, self.claim, ahead, waits, self._anew)
+            except QuotaExceeded:  # not even a claim has room; a result that is to end soon is good until then
+                kept = None if self._anew else (yield self.look())
+                if kept is None:
+                    raise
+                begun = Begun(kept, None)
             if begun.began_ms is not None:
                 self._began_ms = begun.began_ms
                 self._keep_renewing()
@@ -101,6 +146,11 @@ class Lead:
                 return begun
             # Not all who wait at the same moments.
             yield Nap(None, (poll_of(self.runner) or 0.0) * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
+
+    def look(self) -> Reply[bytes | None]:
+        """Ask for what is kept now."""
+        _, category, place = self._place
+        return looked(self.runner, category, place)
 
     # -- how it ends ---------------------------------------------------------------------------------------------
 
@@ -136,6 +186,8 @@ class Lead:
         flight = self.flight
         if _flights.get(self._place) is flight:
             _flights.pop(self._place, None)
+        with suppress(ValueError):  # of a fork's parent
+            self._here.remove(flight)
         del self.flight  # or an error, whose traceback has this lead in it, would keep itself alive
         flight.settle(payload, error)
 
@@ -147,9 +199,9 @@ class Lead:
             self.runner.run(release, self.claim).add_done_callback(_looked_at)
 
     def share(self, payload: bytes) -> None:
-        """Tell those who wait, now and while it is computed, what there is still."""
-        self.old = payload
-        self.flight.settle(payload)
+        """Tell those who wait what there is still, while the next result is computed."""
+        self.has_old = True
+        self.flight.share(payload)
 
     def _keep_renewing(self) -> None:
         if not self._alone:
@@ -193,29 +245,43 @@ def _renew(runner: Runner, claim: Claim, over: threading.Event) -> None:
 # -- those who wait --------------------------------------------------------------------------------------------
 
 
-def awaited(flight: Flight) -> Steps[tuple[bytes | None, bool]]:
-    """Wait for a flight; return its payload, and whether it can't be waited for, as it waits for us.
+def awaited(flight: Flight, runner: Runner, category: str, place: Key, *, blocks: bool) -> Steps[Answer | None]:
+    """Wait for a flight and return its answer; `None`: it can't be waited for, as it waits for us.
 
-    Raises what the computation raised.
+    `blocks`: this thread does nothing else meanwhile.
     """
-    with _waiting_for(flight) as waits_for_us:
+    stage = flight.stage
+    if stage is None:  # it has ended since it was found
+        return Answer(None)
+    if stage.has_old:
+        kept: bytes | None = yield looked(runner, category, place)
+        if kept is not None:
+            return Answer(kept)
+    with _waiting_for(flight, _mine(blocks)) as waits_for_us:
         if waits_for_us:
-            return None, True
-        payload, error = yield flight.reply
-        if error is not None:
-            raise error
-        return payload, False
+            return None
+        answer: Answer = yield stage.reply
+        return answer
 
 
-def is_nested() -> bool:
-    """Say whether this thread or task is in the middle of a computation."""
-    return bool(_leading.get())
+def looked(runner: Runner, category: str, place: Key) -> Reply[bytes | None]:
+    """Ask for what is kept, in the cheapest way."""
+    return runner.get(category, place) if isinstance(runner, Job) else runner.run(look, category, place)
+
+
+def is_nested(lead: Lead, *, blocks: bool) -> bool:
+    """Say whether this thread or task is in the middle of a computation, beside the one that it is to lead."""
+    return any(one is not lead.flight for one in _mine(blocks))
+
+
+def _mine(blocks: bool) -> tuple[Flight, ...]:
+    """Return the flights that end no earlier than what this thread or task waits for."""
+    return (*_leading.get(), *_here.flights) if blocks else _leading.get()
 
 
 @contextmanager
-def _waiting_for(flight: Flight) -> Iterator[bool]:
-    """Enter that all computations this is in the middle of wait for a flight; say whether that one waits for them."""
-    mine = _leading.get()
+def _waiting_for(flight: Flight, mine: tuple[Flight, ...]) -> Iterator[bool]:
+    """Enter that one's own flights wait for another one; say whether that one waits for them."""
     for one in mine:
         one.waits.append(flight)
     try:
@@ -247,4 +313,10 @@ def forget_flights(runner: Runner, category: str, place: Key | None = None) -> N
             _flights.pop(found, None)
 
 
-os.register_at_fork(after_in_child=_flights.clear)  # whoever leads them isn't there
+def _in_child() -> None:
+    """In a forked child nobody leads the parent's flights."""
+    _flights.clear()
+    _here.flights = []
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -4,9 +4,11 @@ Rules:
   1. However a call is spelled, by position, by keyword or by default, it has one key; and calls whose arguments differ
      in type or value have two. (`1`, `1.0` and `True` are three arguments, and two equal lists are one.)
   2. An argument that can't be told from another by its value alone is refused by name. No `repr`, hash or pickle
-     stands for it.
+     stands for it. A class is told by its name, if it is found by that; what derives from a text, a number, bytes or a
+     date, by its class and what it derives from.
   3. The names of the parameters are in the key, so that a function with others doesn't read what this one has kept.
   4. Arguments of over 1 KiB, encoded, are represented by their SHA-256; so is a container within one.
+  5. What is in a container several times is looked at once.
 
 A tuple that begins with `None` says what the rest of it was: `(None, "date", "2026-11-22")`. One of the caller's own
 that begins so becomes `(None, "tuple", None, ...)`, and so nothing can be taken for something else.
@@ -19,22 +21,25 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields, is_dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from pathlib import PurePath
-from typing import Any, Final
+from pathlib import PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
+from typing import Any, Final, TypeAlias
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
-from persistency import Key, Misuse, key
+from persistency import Key, Misuse, RawKey, key
 
 ARGUMENTS_BYTES_MAX: Final = 1024
 DEPTH_MAX: Final = 32
 VERSION_CHARS_MAX: Final = 200
 
+_HEAP_TYPE = 1 << 9  # a flag of classes that can be made several times; those of C code that are static can't
 _PLAIN = frozenset((str, int, float, bool, bytes, type(None), UUID))
 RESULTS: Final = key("result")
 """All results of a function are its children."""
@@ -66,7 +71,8 @@ class CallKeys:
         parameters = list(self._signature.parameters.values())
         kept = [p for p in parameters if p.name not in self._ignored]
         shape = ",".join(_STARS.get(p.kind, "") + p.name for p in kept) if chosen is None else "key()"
-        self._prefix = key(RESULTS, _as_version(version, label), shape)
+        self.prefix: Key = key(RESULTS, _as_version(version, label), shape)
+        """What all keys begin with."""
         # The usual kinds of parameters are bound here: a tenth of the time of `Signature.bind`.
         self._usual = chosen is None and all(
             p.kind in (*_BY_POSITION, inspect.Parameter.KEYWORD_ONLY) for p in parameters
@@ -85,15 +91,23 @@ class CallKeys:
         try:
             for value in values:
                 if type(value) not in _PLAIN:
-                    values = tuple(map(_plain, values))
+                    seen: _Seen = {}
+                    values = tuple([_plain(value, seen) for value in values])
                     break
-            found = self._prefix + values
+            found = self.prefix + values
         except Misuse:
             self._blame(args, kwargs)
             raise
-        if len(found) - len(self._prefix) > ARGUMENTS_BYTES_MAX:
-            return self._prefix + (_digest(found[len(self._prefix) :]),)
+        if len(found) - len(self.prefix) > ARGUMENTS_BYTES_MAX:
+            return self.prefix + (_digest("call", found[len(self.prefix) :]),)
         return found
+
+    def signature_of(self, bound: int) -> inspect.Signature:
+        """Return the function's signature, without the first parameter if that is `bound`."""
+        parameters = list(self._signature.parameters.values())
+        if bound and parameters and parameters[0].kind in _BY_POSITION:
+            return self._signature.replace(parameters=parameters[1:])
+        return self._signature
 
     def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Return what is in the key of a call, as it was given."""
@@ -144,7 +158,7 @@ class CallKeys:
             named = [(f"argument {name!r}", value) for name, value in self._bound(args, kwargs)]
         for name, value in named:
             try:
-                key(_plain(value))
+                key(_plain(value, {}))
             except Misuse as error:
                 hint = (
                     "Leave the argument out by ignore=(name,), or have key= make the key's parts of a call; "
@@ -161,34 +175,53 @@ def claim_of(result: Key) -> Key:
 # -- arguments as parts of a key -------------------------------------------------------------------------------
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+_Seen: TypeAlias = dict[int, tuple[Any, int, Any]]
+"""What was looked at, by identity: itself, so that nothing else gets that, how deep it was, and what stands for it."""
+
+
+def _plain(value: Any, seen: _Seen, depth: int = 0) -> Any:
     """Return what stands for an argument in a key: a value that no other argument has."""
-    kind = type(value)
-    if kind in _PLAIN:
+    if type(value) in _PLAIN:
         return value
     if depth > DEPTH_MAX:
         raise Misuse(f"it is nested over {DEPTH_MAX} deep")
-    if kind is tuple:
-        items = tuple(_plain(item, depth + 1) for item in value)
-        return _bounded(items if items[:1] != (None,) else (None, "tuple", *items))
+    before = seen.get(id(value))
+    if before is not None and depth <= before[1]:
+        return before[2]
+    found = _one(value)
+    if found is None:
+        found = _bounded(_several(value, seen, depth + 1))
+    seen[id(value)] = value, depth, found
+    return found
+
+
+def _one(value: Any) -> tuple[Any, ...] | None:
+    """Return what stands for something that holds nothing else; `None` if it does."""
+    kind = type(value)
     for base, spelled in _SPELLED:
         if isinstance(value, base):
-            return (None, *spelled(value))
+            parts = spelled(value)
+            return (None, *parts) if kind is base or base in _TELL_THEIR_CLASS else (None, "of", _class(kind), *parts)
     if isinstance(value, type):
-        return (None, "type", _name_of(value))
+        return (None, "type", _class(value))
+    return None
+
+
+def _several(value: Any, seen: _Seen, depth: int) -> tuple[Any, ...]:
+    """Return what stands for something that holds others, before it is bounded."""
+    kind = type(value)
+    if kind is tuple:
+        items = tuple([_plain(item, seen, depth) for item in value])
+        return items if items[:1] != (None,) else (None, "tuple", *items)
     holds = _held(value)
     if holds is not None:
-        return _bounded((None, holds[0], *(_plain(item, depth + 1) for item in holds[1])))
+        return (None, holds[0], *[_plain(item, seen, depth) for item in holds[1]])
     if kind is dict:
-        pairs = sorted(((_plain(k, depth + 1), _plain(v, depth + 1)) for k, v in value.items()), key=_by_key)
-        return _bounded((None, "dict", *(part for pair in pairs for part in pair)))
+        pairs = sorted(((_plain(k, seen, depth), _plain(v, seen, depth)) for k, v in value.items()), key=_by_key)
+        return (None, "dict", *(part for pair in pairs for part in pair))
     if kind is set or kind is frozenset:
-        members = sorted(((_plain(member, depth + 1),) for member in value), key=_by_key)
-        return _bounded((None, "set", *(member for (member,) in members)))
-    if isinstance(value, bytearray | memoryview):
-        return bytes(value)
-    if isinstance(value, str | int | float | bytes):
-        return value  # of a subclass: it counts as what it derives from
+        members = sorted(((_plain(member, seen, depth),) for member in value), key=_by_key)
+        return (None, kind.__name__, *(member for (member,) in members))
     raise Misuse(f"a {_name_of(kind)} can't be told from another by its value")
 
 
@@ -198,20 +231,20 @@ def _held(value: Any) -> tuple[str, Iterable[Any]] | None:
     if kind is list:
         return "list", value
     if isinstance(value, tuple):  # with a class of its own, as a NamedTuple's
-        return _name_of(kind), value
+        return _class(kind), value
     if is_dataclass(kind):
-        return _name_of(kind), [getattr(value, field.name) for field in fields(value)]
+        return _class(kind), [getattr(value, field.name) for field in fields(value)]
     return None
 
 
 def _bounded(items: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the parts of a container, or what represents them if they are long."""
     encoded = key(*items)
-    return _digest(encoded) if len(encoded) > ARGUMENTS_BYTES_MAX else items
+    return _digest("sha256", encoded) if len(encoded) > ARGUMENTS_BYTES_MAX else items
 
 
-def _digest(encoded: bytes) -> tuple[Any, ...]:
-    return (None, "sha256", hashlib.sha256(encoded).digest())
+def _digest(what: str, encoded: bytes) -> tuple[Any, ...]:
+    return (None, what, hashlib.sha256(encoded).digest())
 
 
 def _by_key(parts: tuple[Any, ...]) -> bytes:
@@ -223,23 +256,64 @@ def _name_of(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _class(kind: type) -> str:
+    """Return a class's full name. Raises `Misuse` if it isn't found by that: another one could have it, too."""
+    if kind.__flags__ & _HEAP_TYPE:
+        found: Any = sys.modules.get(kind.__module__)
+        for name in kind.__qualname__.split("."):
+            found = getattr(found, name, None)
+        if found is not kind:
+            raise Misuse(f"class {_name_of(kind)} isn't found by its name, so it can't be told from another one")
+    return _name_of(kind)
+
+
 def _enum_parts(value: Enum) -> tuple[Any, ...]:
     # A combination of flags needn't have a name.
-    return (_name_of(type(value)), value.name if value.name is not None else _plain(value.value))
+    return (_class(type(value)), value.name if value.name is not None else _plain(value.value, {}))
+
+
+def _zoned(value: datetime | time) -> tuple[Any, ...]:
+    """Return what stands for a time: as the clock on the wall has it, which of two such, and the zone."""
+    zone, local = value.tzinfo, value.replace(tzinfo=None).isoformat()
+    if zone is None:
+        return local, value.fold
+    if type(zone) is ZoneInfo and zone.key is not None:
+        return local, value.fold, "zone", zone.key
+    if type(zone) is timezone:
+        offset = zone.utcoffset(None)
+        return local, value.fold, "offset", offset // timedelta(microseconds=1), zone.tzname(None)
+    kind = _name_of(type(zone))
+    raise Misuse(f"the zone of a time, a {kind}, can't be told from another: pass times in a ZoneInfo or a timezone")
+
+
+def _path_parts(value: PurePath) -> tuple[Any, ...]:
+    kind = type(value)
+    return ("path", kind.__name__ if kind in _PATHS else _class(kind), os.fspath(value))
 
 
 # What has an exact spelling of its own. A datetime is a date too, and a member of an Enum may be a text.
 _SPELLED: tuple[tuple[type, Callable[[Any], tuple[Any, ...]]], ...] = (
     (Enum, _enum_parts),
+    (RawKey, lambda value: ("raw key", bytes(value))),
     (Key, lambda value: ("key", bytes(value))),
-    (datetime, lambda value: ("datetime", value.isoformat())),
+    (datetime, lambda value: ("datetime", *_zoned(value))),
     (date, lambda value: ("date", value.isoformat())),
-    (time, lambda value: ("time", value.isoformat())),
+    (time, lambda value: ("time", *_zoned(value))),
     (timedelta, lambda value: ("timedelta", value.days, value.seconds, value.microseconds)),
     (Decimal, lambda value: ("decimal", str(value))),
     (Fraction, lambda value: ("fraction", value.numerator, value.denominator)),
-    (PurePath, lambda value: ("path", os.fspath(value))),
+    (PurePath, _path_parts),
+    (bytearray, lambda value: ("bytearray", bytes(value))),
+    (memoryview, lambda value: ("memoryview", value.format, value.shape, value.tobytes())),
+    # What derives from these; they themselves are in a key as they are.
+    (str, lambda value: (str.__str__(value),)),
+    (int, lambda value: (int.__int__(value),)),
+    (float, lambda value: (float.__float__(value),)),
+    (bytes, lambda value: (bytes.__bytes__(value),)),
+    (UUID, lambda value: (UUID(int=value.int),)),
 )
+_TELL_THEIR_CLASS = (Enum, PurePath)
+_PATHS = (PurePosixPath, PureWindowsPath, PosixPath, WindowsPath)
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 

@@ -104,6 +104,11 @@ def begin(tx: Transaction, claim: Claim, ahead: float, waits: bool, anew: bool) 
     return Begun(payload, tx.now_ms)
 
 
+def look(tx: Transaction, category: str, place: Key) -> bytes | None:
+    """Return what is kept, as long as it hasn't ended."""
+    return tx.get(category, place)
+
+
 def keep(tx: Transaction, claim: Claim, encoded: bytes, began_ms: int, ttl: float | None) -> bool:
     """Keep a result, if the claim still stands, and end that; return whether it was kept."""
     if not release(tx, claim):

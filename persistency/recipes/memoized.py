@@ -1,16 +1,17 @@
 """memoize: a function whose results are kept in a job, and computed once however many ask for them at once.
 
 What can be in a key, and so an argument: None, bool, int, float, str, bytes; tuples, lists, dicts and sets of such;
-dates, times, timedeltas; Decimal, Fraction, UUID, paths; Enums, NamedTuples and dataclasses (which count as their class
-and their fields); classes. For anything else there are `ignore=` and `key=`.
+dates and timedeltas, times in a `ZoneInfo`, a `timezone` or none; Decimal, Fraction, UUID, paths; Enums, NamedTuples
+and dataclasses (which count as their class and their fields); classes. A class must be found by its name, so one that
+a function has made isn't among them. For anything else there are `ignore=` and `key=`.
 
 Rules:
   1. What a call gives is always what was kept, decoded anew: the first call gives no other types than the second, and
      nobody changes what others are given.
   2. Of many who ask for what isn't there one computes. The others get its result, or what it raised; if it was
      cancelled, the next one computes.
-  3. What the function raises is never kept. A result that can't be kept for want of room is given, and logged; one that
-     can't be encoded is `Misuse`.
+  3. What the function raises is never kept. A result that can't be kept, for want of room or as it is too large, is
+     given, and logged; one that can't be encoded is `Misuse`.
   4. A result that was forgotten while it was computed is given to those who wait for it, and not kept.
 
 Doesn't know: threads, event loops, how a job stores anything.
@@ -20,21 +21,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Collection, Coroutine
 from datetime import timedelta
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 
-from persistency import CBOR, Codec, Corrupt, Job, Key, Misuse, PersistencyError, QuotaExceeded, Reply
-from persistency.logfields import about
-from persistency.recipes.memoize_flights import Lead, awaited, forget_flights, is_nested
-from persistency.recipes.memoize_keys import CallKeys
-from persistency.recipes.memoize_options import Options, name_of
-from persistency.recipes.memoize_rows import ahead_of, clear, drop, forget, unpacked
+from persistency import CBOR, Codec, Corrupt, Misuse, PersistencyError
+from persistency.recipes.memoize_calls import Memo
+from persistency.recipes.memoize_flights import Lead
+from persistency.recipes.memoize_options import HOW, Options
+from persistency.recipes.memoize_rows import unpacked
 from persistency.recipes.runner import Runner
-from persistency.recipes.waiting import Steps, adrive, drive
-
-log: logging.Logger = logging.getLogger("persistency.recipes")
+from persistency.recipes.waiting import adrive, drive
 
 P = ParamSpec("P")
 P2 = ParamSpec("P2")
@@ -42,154 +39,22 @@ R = TypeVar("R")
 S = TypeVar("S")
 
 
-class _Memo(Generic[P, R]):
-    """What both kinds of memoized functions have in common."""
-
-    __wrapped__: Callable[..., Any]
-    __name__: str
-    __qualname__: str
-
-    def __init__(self, fn: Callable[..., Any], options: Options) -> None:
-        wrapper: Any = self
-        functools.update_wrapper(wrapper, fn)
-        self._fn = fn
-        self._options = options
-        self._runner: Callable[[], Runner] = options.runner
-        self._reads_first = not options.early  # a result that doesn't end early is good if it is there
-        self._name = options.name if options.name is not None else name_of(fn)
-        self._bound: tuple[Any, ...] = ()
-        self._keys = CallKeys(fn, self._name, version=options.version, ignore=options.ignore, chosen=options.chosen)
-
-    @property
-    def name(self) -> str:
-        """The function's name in the job: the category its results are in."""
-        return self._name
-
-    def key(self, *args: P.args, **kwargs: P.kwargs) -> Key:
-        """Return the key of a call's result in the category `name`. Raises `Misuse` as the call itself does."""
-        return self._keys.key(self._bound + args, kwargs)
-
-    def forget(self, *args: P.args, **kwargs: P.kwargs) -> Reply[bool]:
-        """Remove the result of a call, and answer whether there was one.
-
-        What is being computed meanwhile is given to those who wait for it, and not kept: who calls the function after
-        this, in this process, gets what was computed after this.
-        """
-        place, runner = self._keys.key(self._bound + args, kwargs), self._runner()
-        removed = runner.run(forget, self._name, place)
-        forget_flights(runner, self._name, place)
-        return removed
-
-    def clear(self) -> Reply[int]:
-        """Remove all results, of every version, and answer how many there were; see `forget`."""
-        runner = self._runner()
-        removed = runner.run(clear, self._name)
-        forget_flights(runner, self._name)
-        return removed
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._name!r}>"
-
-    def __reduce__(self) -> Any:
-        """Be found again by name, as a plain function is."""
-        return (getattr, (*self._bound, self.__name__)) if self._bound else self.__qualname__
-
-    def _bind(self, instance: Any) -> Any:
-        """Return what stands for a method of an instance."""
-        bound = object.__new__(type(self))
-        vars(bound).update(vars(self), _bound=(instance,))
-        return bound
-
-    # -- the parts of a call, all but those that wait ------------------------------------------------------------
-
-    def _look(self, runner: Runner, place: Key) -> Reply[bytes | None] | None:
-        """Ask for a result where that is cheap, and needs no time."""
-        return runner.get(self._name, place) if self._reads_first and isinstance(runner, Job) else None
-
-    def _lead(self, runner: Runner, place: Key, *, anew: bool = False) -> Lead:
-        return Lead(runner, self._name, place, self._options.lease, anew=anew)
-
-    def _turn(self, runner: Runner, place: Key) -> Steps[bytes | Lead | None]:
-        """Return a kept result, or the lead of a flight that is to compute it; `None`: compute it beside all others."""
-        while True:
-            lead = self._lead(runner, place)
-            flight = lead.board()
-            if flight is lead.flight:
-                return (yield from self._claimed(lead))
-            lead.give_up()
-            payload, waits_for_us = yield from awaited(flight)
-            if payload is not None or waits_for_us:
-                return payload
-
-    def _claimed(self, lead: Lead) -> Steps[bytes | Lead | None]:
-        """Return a lead that has its claim, or what there is by then; see `_turn`."""
-        options = self._options
-        ahead = ahead_of(options.early, options.random()) if options.early else 0.0
-        try:
-            # Two processes could wait for each other, each in the middle of what the other one needs.
-            begun = yield from lead.claimed(ahead, patience=options.lease if is_nested() else None)
-        except QuotaExceeded as error:  # not even a claim has room: it is computed all the same, for those here
-            self._told_not_kept(lead, error)
-            return lead
-        except Exception as error:  # of the job: it is the same for all who wait
-            lead.fail(error)
-            raise
-        except BaseException:
-            lead.give_up()
-            raise
-        if begun.began_ms is None:
-            lead.end(begun.payload)
-            return begun.payload
-        if begun.payload is not None:
-            lead.share(begun.payload)
-        return lead
-
-    def _encoded(self, value: Any) -> bytes:
-        try:
-            return self._options.codec.encode(value)
-        except Misuse as error:
-            if inspect.iscoroutine(value):
-                value.close()
-            hint = "Return plain values (help(persistency.codec.values) lists them), or give memoize codec=typed(cls)."
-            raise Misuse(f"{self._name} returned what can't be kept: {error}", hint=hint) from error
-
-    def _decoded(self, encoded: bytes) -> R:
-        return self._options.codec.decode(encoded)  # type: ignore[no-any-return]  # what the function returns
-
-    def _spoilt(self, runner: Runner, place: Key, payload: bytes, error: Corrupt) -> Reply[bool]:
-        """Remove what can't be read, so that it is computed anew."""
-        fields = about("memoize_unreadable", runner.id, error, function=self._name)
-        log.warning("%s: a kept result can't be read and is computed anew: %s", self._name, error, extra=fields)
-        return runner.run(drop, self._name, place, payload)
-
-    def _not_kept(self, lead: Lead, error: PersistencyError) -> None:
-        """Deal with a result that was given to all who wait, but that the job hasn't taken."""
-        lead.release()
-        if isinstance(error, Misuse):
-            raise Misuse(f"{self._name} returned what can't be kept: {error}", hint=error.hint) from error
-        self._told_not_kept(lead, error)
-
-    def _told_not_kept(self, lead: Lead, error: PersistencyError) -> None:
-        fields = about("memoize_not_kept", lead.runner.id, error, function=self._name)
-        log.warning("%s: a result wasn't kept: %s", self._name, error, extra=fields)
-
-    def _early_failed(self, lead: Lead, error: Exception) -> None:
-        fields = about("memoize_early_failed", lead.runner.id, error, function=self._name)
-        log.warning("%s failed ahead of a result's end, which is given still: %r", self._name, error, extra=fields)
-
-
-class Memoized(_Memo[P, R]):
+class Memoized(Memo[P, R]):
     """A function whose results are kept. It is called as the function itself, by any thread."""
+
+    _is_async = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the kept result of these arguments, or compute it, or wait for whoever does."""
         arguments = self._bound + args
-        place, runner = self._keys.key(arguments, kwargs), self._runner()
+        place, runner = self._keys.key(arguments, kwargs), self._asked()
         asked = self._look(runner, place)
         payload = None if asked is None else asked.result()
         while True:
             if payload is None:
                 found = drive(self._turn(runner, place))
+                if isinstance(found, Exception):
+                    raise found
                 if not isinstance(found, bytes):
                     return self._computed(found, arguments, kwargs)
                 payload = found
@@ -202,7 +67,7 @@ class Memoized(_Memo[P, R]):
     def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Compute a result anew, whatever is kept, and keep it. Until then others get what was kept."""
         arguments = self._bound + args
-        lead = self._lead(self._runner(), self._keys.key(arguments, kwargs), anew=True)
+        lead = self._lead(self._asked(), self._keys.key(arguments, kwargs), anew=True)
         drive(self._claimed(lead))
         return self._computed(lead, arguments, kwargs)
 
@@ -213,11 +78,10 @@ class Memoized(_Memo[P, R]):
             try:
                 encoded = self._encoded(self._fn(*args, **kwargs))
             except Exception as error:
-                if lead.old is None:
-                    lead.fail(error)
+                kept = drive(self._instead(lead, error))
+                if kept is None:
                     raise
-                self._early_failed(lead, error)
-                return self._decoded(unpacked(lead.old))
+                return self._decoded(unpacked(kept))
             try:
                 lead.keep(encoded, self._options.ttl).result()
             except PersistencyError as error:
@@ -235,8 +99,10 @@ class Memoized(_Memo[P, R]):
         return self if instance is None else self._bind(instance)
 
 
-class AsyncMemoized(_Memo[P, R]):
+class AsyncMemoized(Memo[P, R]):
     """A coroutine function whose results are kept. It is called as the function itself, in any event loop."""
+
+    _is_async = True
 
     def __init__(self, fn: Callable[..., Any], options: Options) -> None:
         super().__init__(fn, options)
@@ -247,12 +113,14 @@ class AsyncMemoized(_Memo[P, R]):
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the kept result of these arguments, or compute it, or wait for whoever does."""
         arguments = self._bound + args
-        place, runner = self._keys.key(arguments, kwargs), self._runner()
+        place, runner = self._keys.key(arguments, kwargs), self._asked()
         asked = self._look(runner, place)
         payload = None if asked is None else await asked
         while True:
             if payload is None:
                 found = await adrive(self._turn(runner, place))
+                if isinstance(found, Exception):
+                    raise found
                 if not isinstance(found, bytes):
                     return await self._computed(found, arguments, kwargs)
                 payload = found
@@ -265,7 +133,7 @@ class AsyncMemoized(_Memo[P, R]):
     async def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Compute a result anew, whatever is kept, and keep it. Until then others get what was kept."""
         arguments = self._bound + args
-        lead = self._lead(self._runner(), self._keys.key(arguments, kwargs), anew=True)
+        lead = self._lead(self._asked(), self._keys.key(arguments, kwargs), anew=True)
         await adrive(self._claimed(lead))
         return await self._computed(lead, arguments, kwargs)
 
@@ -276,11 +144,10 @@ class AsyncMemoized(_Memo[P, R]):
             try:
                 encoded = self._encoded(await self._fn(*args, **kwargs))
             except Exception as error:
-                if lead.old is None:
-                    lead.fail(error)
+                kept = await adrive(self._instead(lead, error))
+                if kept is None:
                     raise
-                self._early_failed(lead, error)
-                return self._decoded(unpacked(lead.old))
+                return self._decoded(unpacked(kept))
             try:
                 await lead.keep(encoded, self._options.ttl)
             except PersistencyError as error:
@@ -352,10 +219,12 @@ def memoize(
     return functools.partial(_memoized, options)
 
 
-def _memoized(options: Options, fn: Any, /) -> Any:
-    if not callable(fn):
-        hint = "Write @memoize(job) above the def, and @classmethod or @staticmethod above that."
-        raise Misuse(f"memoize decorates a function, not {type(fn).__name__}", hint=hint)
+def _memoized(options: Options, /, *given: Any, **named: Any) -> Any:
+    if named or len(given) != 1:
+        raise Misuse("memoize decorates one function, and was called as if it were that", hint=HOW)
+    fn = given[0]
+    if not callable(fn) or isinstance(fn, staticmethod | classmethod):
+        raise Misuse(f"memoize decorates a function, not {type(fn).__name__}", hint=HOW)
     call = fn
     while isinstance(call, functools.partial):
         call = call.func

@@ -11,6 +11,7 @@ Doesn't know: how its rows look, how a job is run, who waits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Generic, Literal, TypeVar, overload
@@ -43,7 +44,7 @@ class OrderedLog(Generic[T]):
     def __init__(self, runner: Runner, name: str = "log", *, codec: Codec[T]) -> None: ...
     def __init__(self, runner: Runner, name: str = "log", *, codec: Codec[Any] = CBOR) -> None:
         self._runner = as_runner(runner)
-        if not isinstance(name, str) or not 1 <= len(name.encode(errors="surrogatepass")) <= _NAME_BYTES_MAX:
+        if not isinstance(name, str) or not 1 <= len(_encoded(name)) <= _NAME_BYTES_MAX:
             raise Misuse(f"name must be a str of 1 to {_NAME_BYTES_MAX} UTF-8 bytes, not {name!r:.40}")
         if not all(callable(getattr(codec, function, None)) for function in ("encode", "decode")):
             raise Misuse(f"codec must be a codec, not {codec!r:.80}: pass CBOR, RAW or typed(cls)")
@@ -101,6 +102,7 @@ class OrderedLog(Generic[T]):
         """
         if not isinstance(name, str) or not 1 <= len(name) <= _CONSUMER_CHARS_MAX:
             raise Misuse(f"name must be a str of 1 to {_CONSUMER_CHARS_MAX:,} characters, not {name!r:.40}")
+        _encoded(name)
         if start not in ("first", "last"):
             raise Misuse(f"start must be 'first' or 'last', not {start!r:.40}")
         return Consumer(self._runner, self._rows, self._codec, name, at_end=start == "last")
@@ -116,6 +118,7 @@ class OrderedLog(Generic[T]):
         """
         if not isinstance(name, str):
             raise Misuse(f"name must be a str, not {type(name).__name__}: pass a consumer's name")
+        _encoded(name)
         return self._runner.run(self._rows.drop, name)
 
     # -- trimming ------------------------------------------------------------------------------------------------
@@ -131,27 +134,35 @@ class OrderedLog(Generic[T]):
         """Remove the first records, as far as all consumers are done with them, and answer how many were removed.
 
         `keep_last` records stay whatever was done with them, and so do those of the last `keep_ms` milliseconds (or of
-        a `timedelta`). With `despite_consumers` these two alone decide, at least one of them then, and a consumer that
-        is behind gets `FeedTruncated`. Without it, and without any consumer, nothing is removed. One call removes up to
-        `limit` records, so as not to hold up the job: call it again while it answers with that many.
+        a `timedelta`; a part of a millisecond counts as a whole one). With `despite_consumers` these two alone decide,
+        at least one of them then, and a consumer that is behind gets `FeedTruncated`. Without it, and without any
+        consumer, nothing is removed. One call removes up to `limit` records, so as not to hold up the job: call it
+        again while it answers with that many.
         """
         if isinstance(keep_ms, timedelta):
-            keep_ms = keep_ms.total_seconds() * 1000
+            keep_ms = -(-keep_ms // timedelta(milliseconds=1))  # rounded up, without a float's error
         if isinstance(keep_ms, bool) or not isinstance(keep_ms, int | float) or not 0 <= keep_ms < 2**62:
             raise Misuse(f"keep_ms must be 0 or more milliseconds, or a timedelta, not {keep_ms!r:.40}")
         if not isinstance(despite_consumers, bool):
             raise Misuse(f"despite_consumers must be a bool, not {type(despite_consumers).__name__}")
-        keep_last = as_number(keep_last, "keep_last", 0)
+        keep_last, keep_ms = as_number(keep_last, "keep_last", 0), math.ceil(keep_ms)
         if despite_consumers and not keep_last and not keep_ms:
             raise Misuse("despite_consumers needs a keep_last or a keep_ms, or it would remove what nobody has read")
         limit = as_number(limit, "limit", 1)
-        return self._runner.run(self._rows.trim, keep_last, round(keep_ms), despite_consumers, limit)
+        return self._runner.run(self._rows.trim, keep_last, keep_ms, despite_consumers, limit)
 
     def __repr__(self) -> str:
         return f"<OrderedLog {self.name!r} of job {self._runner.id!r}>"
 
     def _decoded(self, stored: list[Stored]) -> list[LogRecord[T]]:
         return decoded(self._codec, stored)
+
+
+def _encoded(name: str) -> bytes:
+    try:
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise Misuse(f"name {name!r:.80} holds a lone surrogate: pass text that UTF-8 can hold") from error
 
 
 def _start(numbers: range) -> int:

@@ -4,7 +4,8 @@ Rules:
   1. A consumer takes what is behind its position in the job. Taking moves nothing, and `commit` does; so what wasn't
      committed comes again, after a crash too.
   2. A position never goes backwards, but by `reset`: of two consumers of one name the one behind is told.
-  3. In the process that has the job nobody polls: who waits is woken by whoever appends.
+  3. In the process that has the job nobody polls: who waits is woken by whoever appends. A job that was closed or
+     can't go on wakes nobody: a flag is looked at for that.
   4. A step of a loop that was left in the middle of its body commits nothing.
 
 Doesn't know: how records are stored, how a job is run.
@@ -17,7 +18,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-from persistency import Closed, Codec, Corrupt, Misuse, Reply, Transaction
+from persistency import Closed, Codec, Corrupt, Job, Misuse, Reply, Transaction
 from persistency.recipes.orderedlog_rows import Rows, Stored
 from persistency.recipes.runner import Runner, poll_of
 from persistency.recipes.waiting import Nap, Steps, adrive, drive
@@ -25,8 +26,8 @@ from persistency.recipes.waiting import Nap, Steps, adrive, drive
 T = TypeVar("T")
 
 _PAGE = 100
-# Who waits for a job of this process looks so often whether it was closed: at a flag, not into the job.
-_CLOSED_LOOK_S = 1.0
+# Who waits for a job of this process looks so often whether it takes anything still: at a flag, not into the job.
+_FLAG_LOOK_S = 1.0
 
 
 class LogRecord(NamedTuple, Generic[T]):
@@ -42,7 +43,8 @@ class Consumer(Generic[T]):
 
     `for record in consumer:` and `async for` wait for each next record, and commit it when its body is done, that is
     when the next one is asked for: at least once. A body left by `break` or an exception isn't done, and its record
-    comes again. They end when the consumer is closed, and raise what its verbs raise.
+    comes again. They end when the consumer is closed, as leaving `with consumer:` or `async with consumer:` does, and
+    raise what its verbs raise.
     """
 
     def __init__(self, runner: Runner, rows: Rows, codec: Codec[T], name: str, *, at_end: bool) -> None:
@@ -115,7 +117,7 @@ class Consumer(Generic[T]):
         """Return the first record behind the position, waiting for one if there is none. It isn't committed.
 
         Raises `TimeoutError` after `timeout` seconds (0: after one look), `FeedTruncated` if it was trimmed, and
-        `Closed` when this object, or the job, is closed meanwhile.
+        `Closed` when this object, or the job, is closed meanwhile; `Poisoned` when the job can't go on.
         """
         return drive(self._next(as_timeout(timeout)))
 
@@ -150,8 +152,8 @@ class Consumer(Generic[T]):
         poll = poll_of(self._runner)
         while True:
             left = float("inf") if until is None else max(0.0, until - monotonic())
-            rung = yield Nap(heard, min(left, _CLOSED_LOOK_S if poll is None else poll))
-            if rung or poll is not None or not left or self._closed or getattr(self._runner, "closed", False):
+            rung = yield Nap(heard, min(left, _FLAG_LOOK_S if poll is None else poll))
+            if rung or poll is not None or not left or self._closed or _is_over(self._runner):
                 return
 
     def __iter__(self) -> Loop[T]:
@@ -164,6 +166,14 @@ class Consumer(Generic[T]):
         return self
 
     def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
@@ -232,6 +242,13 @@ def decoded(codec: Codec[T], stored: list[Stored]) -> list[LogRecord[T]]:
         except Corrupt as error:
             raise Corrupt(f"record {number}: {error}", hint=error.hint) from error
     return found
+
+
+def _is_over(runner: Runner) -> bool:
+    """Say whether a job takes nothing more: whoever asks it is told why."""
+    if isinstance(runner, Job):
+        return runner.statistics().state in ("closed", "poisoned")
+    return bool(getattr(runner, "closed", False))
 
 
 def as_number(value: Any, argument: str, least: int) -> int:

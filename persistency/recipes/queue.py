@@ -6,6 +6,7 @@ Rules:
   2. Every verb is one transaction, whose cost doesn't grow with the queue.
   3. In the process that has the job nobody polls: who waits is woken by whoever puts, or when something is due. One of
      those who wait watches the clock for all of them; of several messages that come each wakes one of them.
+     While something is due it looks again every few seconds, as a clock may be set.
   4. What somebody has taken who has given up waiting goes back to its place in line.
 
 Doesn't know: how its rows look, how a job is run.
@@ -21,8 +22,9 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from persistency import CBOR, Closed, Codec, Misuse, PersistencyError, Reply, Transaction
 from persistency.recipes.queue_message import DeadLetter, Desk, Message, as_ms
-from persistency.recipes.queue_rows import Rows, Stored, Terms
-from persistency.recipes.runner import Runner, as_runner, poll_of
+from persistency.recipes.queue_records import Stored, Terms
+from persistency.recipes.queue_rows import Rows
+from persistency.recipes.runner import Runner, as_runner, check_transaction, poll_of
 from persistency.recipes.waiting import Nap, Steps, adrive, bell_of, drive
 
 __all__ = ["DeadLetter", "Message", "Queue", "QueueCounts"]
@@ -31,8 +33,10 @@ T = TypeVar("T")
 
 _NAME_BYTES_MAX = 255
 _BATCH_MAX = 10_000
-# Who watches the clock looks so often whether the job was closed: a look at a flag, none at the job.
-_CLOSED_LOOK_S = 1.0
+# Who watches the clock looks so often whether the job was closed, or has failed: at its numbers, not at its rows.
+_STATE_LOOK_S = 1.0
+# While something is due it looks so often at the rows: the job's clock may jump, and the machine may have slept.
+_DUE_LOOK_S = 5.0
 _POLLS_TO_SLOW = 16  # the first look at what other processes do comes so much earlier than the later ones
 
 
@@ -51,7 +55,8 @@ class Queue(Generic[T]):
     `name`: the category its rows are in. `lease`: how many seconds, or a `timedelta`, a consumer has for a message
     before it is delivered again. `attempts_max`: after so many failed attempts a message is a dead letter. `backoff`:
     how long it waits after the first one, twice as long after each, up to `backoff_max`. `codec`: how values are stored
-    (`CBOR`, `RAW`, `typed(cls)`). None of these is stored: each `Queue` object goes by its own.
+    (`CBOR`, `RAW`, `typed(cls)`). Each `Queue` object goes by its own; with a message that is taken its
+    taker's `attempts_max` is stored, for whoever sees the lease end.
 
     Any thread and any event loop may use it. `close` ends the loops over this object, and nothing else.
     """
@@ -68,8 +73,12 @@ class Queue(Generic[T]):
         codec: Codec[T] = CBOR,
     ) -> None:
         self._runner = as_runner(runner)
-        if not isinstance(name, str) or not 1 <= len(name.encode(errors="surrogatepass")) <= _NAME_BYTES_MAX:
+        if not isinstance(name, str) or not 1 <= len(name.encode(errors="ignore")) <= _NAME_BYTES_MAX:
             raise Misuse(f"name must be a str of 1 to {_NAME_BYTES_MAX} UTF-8 bytes, not {name!r:.40}")
+        if name != name.encode(errors="ignore").decode():
+            raise Misuse(f"name must be text that UTF-8 can hold, not {name!r:.40}")
+        if not (callable(getattr(codec, "encode", None)) and callable(getattr(codec, "decode", None))):
+            raise Misuse(f"codec must have encode and decode, not {codec!r:.40}: pass CBOR, RAW, typed(cls)")
         self._name = name
         self._lease_ms = as_ms(lease, "lease", above=True)
         self._codec: Codec[T] = codec
@@ -93,18 +102,19 @@ class Queue(Generic[T]):
 
         Ids grow. Raises `Misuse` for a value the codec can't encode.
         """
-        return self._runner.run(self._rows.put, [self._codec.encode(value)], _as_delay(delay)).map(_first)
+        return self._runner.run(self._rows.put, _as_delay(delay), self._codec.encode(value)).map(_first)
 
     def put_many(self, values: Iterable[T], *, delay: float | timedelta | None = None) -> Reply[list[int]]:
         """Put several, all or none, up to 10,000; answer with their ids."""
         bodies = [self._codec.encode(value) for value in values]
         if len(bodies) > _BATCH_MAX:
             raise Misuse(f"{len(bodies):,} messages at once are too many: put up to {_BATCH_MAX:,}")
-        return self._runner.run(self._rows.put, bodies, _as_delay(delay))
+        return self._runner.run(self._rows.put, _as_delay(delay), *bodies)
 
     def put_in(self, tx: Transaction, value: T, *, delay: float | timedelta | None = None) -> int:
         """Put a message in a transaction of one's own, on the same job: it is there if, and only if, the rest is."""
-        return self._rows.put(tx, [self._codec.encode(value)], _as_delay(delay))[0]
+        check_transaction(tx, self._runner)
+        return self._rows.put(tx, _as_delay(delay), self._codec.encode(value))[0]
 
     def cancel(self, id: int) -> Reply[bool]:  # noqa: A002  # what it is
         """Delete a message that waits, in line or for its time; answer whether it did: taken and dead ones stay."""
@@ -179,17 +189,28 @@ class Queue(Generic[T]):
 
     def _napping(self, listening: Reply[None], wake: float, deadline: float) -> Steps[None]:
         """Wait until the bell is rung; whoever leads, until something is due, too."""
+        begun = monotonic()
         while not listening.done():
             leads = self._bell.lead(listening, wake)
             now = monotonic()
-            end = min(wake, deadline, now + _CLOSED_LOOK_S) if leads else deadline
+            end = min(wake, deadline, now + _STATE_LOOK_S) if leads else deadline
             if end <= now or (yield Nap(listening, None if end == float("inf") else end - now)):
                 return
-            if self._closed or getattr(self._runner, "closed", False):
+            state = self._state_of_job()
+            if self._closed or state in ("closed", "poisoned"):
                 self._bell.ring()  # all of them are to see it
+                return
+            if leads and wake != float("inf") and state != "idle" and monotonic() >= begun + _DUE_LOOK_S:
                 return
             if monotonic() >= min(wake if leads else deadline, deadline):
                 return
+
+    def _state_of_job(self) -> str:
+        """Return the state of the job, as far as the runner knows it. One that is idle isn't opened for a look."""
+        if getattr(self._runner, "closed", False):
+            return "closed"
+        statistics: Any = getattr(self._runner, "statistics", None)
+        return "" if statistics is None else str(statistics().state)
 
     def _give_back(self, asked: Any) -> None:
         """Put back what came when nobody waited for it any more."""

@@ -20,16 +20,21 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
-from persistency import Closed, PersistencyError, Reply
+from persistency import Closed, Reply
 from persistency.logfields import about
 
 log: logging.Logger = logging.getLogger("persistency.recipes")
 
 
 class KeptAlive:
-    """A context in which a lease is renewed. Entering and leaving it waits for nothing."""
+    """A context in which a lease is renewed. Entering and leaving it waits for nothing.
 
-    def __init__(self, job_id: str, seconds: float, renew: Callable[[], Reply[bool]], lost: Callable[[], None]) -> None:
+    `renew` posts a renewal, or answers with `None` where there is nothing to be renewed any more.
+    """
+
+    def __init__(
+        self, job_id: str, seconds: float, renew: Callable[[], Reply[bool] | None], lost: Callable[[], None]
+    ) -> None:
         self._job_id = job_id
         self._period = seconds / 3
         self._renew = renew
@@ -49,8 +54,12 @@ class KeptAlive:
     def _post(self) -> None:
         self._due = monotonic() + self._period
         try:
-            self._renew().add_done_callback(self._answered)
-        except PersistencyError as error:
+            reply = self._renew()
+            if reply is None:
+                _renewals.discard(self)
+            else:
+                reply.add_done_callback(self._answered)
+        except Exception as error:  # whatever a runner raises, it is about this lease alone
             self._failed(error)
 
     def _answered(self, reply: Future[bool]) -> None:
@@ -98,7 +107,8 @@ class _Renewals:
     def discard(self, one: KeptAlive) -> None:
         with self._lock:
             self._kept.discard(one)
-            self._changed.put(None)
+            if self._runs:
+                self._changed.put(None)
 
     def _renew(self) -> None:
         while True:

@@ -18,11 +18,13 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-from persistency import Codec, Misuse, PersistencyError, Reply, Transaction
+from persistency import Codec, Misuse, PersistencyError, QuotaExceeded, Reply, Transaction
 from persistency.logfields import about
 from persistency.recipes.queue_alive import KeptAlive
-from persistency.recipes.queue_rows import Rows, Stored
-from persistency.recipes.runner import Runner
+from persistency.recipes.queue_records import ERROR_ROOM, Stored
+from persistency.recipes.queue_rows import Rows
+from persistency.recipes.runner import Runner, check_transaction
+from persistency.recipes.waiting import unanswered
 
 log: logging.Logger = logging.getLogger("persistency.recipes")
 
@@ -98,13 +100,14 @@ class Message(Letter[T]):
     message something itself is left at that.
     """
 
-    __slots__ = ("_lease_ms", "_token", "_told", "lost", "until_ms")
+    __slots__ = ("_lease_ms", "_token", "_told", "_told_in", "lost", "until_ms")
 
     def __init__(self, desk: Desk, stored: Stored, lease_ms: int) -> None:
         super().__init__(desk, stored)
         self._lease_ms = lease_ms
         self._token = stored.state.token
         self._told = False
+        self._told_in = False  # by a transaction that may have been undone
         self.until_ms: int = stored.state.when_ms
         self.lost: bool = False
         """Whether it is known that the lease was lost: a verb has said so, or a renewal by `keep_alive`."""
@@ -118,13 +121,15 @@ class Message(Letter[T]):
 
         Returns `False` if the lease was lost; raise then, to have the rest undone.
         """
-        self._told = True
-        return self._noted(self._desk.rows.ack(tx, self.id, self._token))
+        check_transaction(tx, self._desk.runner)
+        held = self._desk.rows.ack(tx, self.id, self._token)
+        self._told_in = self._told_in or held  # only then is its later absence its own doing
+        return self._noted(held)
 
     def retry(self, *, delay: float | timedelta | None = None, error: str | None = None) -> Reply[bool]:
         """Have it tried again after `delay`, or else the queue's backoff; after its last attempt it is dead."""
         delay_ms = None if delay is None else as_ms(delay, "delay")
-        return self._tell(self._desk.rows.retry, delay_ms, _as_error(error))
+        return self._tell_why(self._desk.rows.retry, _as_error(error), delay_ms)
 
     def release(self) -> Reply[bool]:
         """Give it back to where it was in line, as if it had not been taken: the attempt doesn't count."""
@@ -132,7 +137,7 @@ class Message(Letter[T]):
 
     def bury(self, error: str | None = None) -> Reply[bool]:
         """Make it a dead letter at once: trying again is of no use."""
-        return self._tell(self._desk.rows.bury, _as_error(error))
+        return self._tell_why(self._desk.rows.bury, _as_error(error))
 
     def extend(self, lease: float | timedelta | None = None) -> Reply[bool]:
         """Let the lease end so long from now (without: as long as it was taken for)."""
@@ -146,24 +151,62 @@ class Message(Letter[T]):
         A thread that all messages of the process share renews it. `lost` says if that came too late.
         """
         lease_ms = self._lease_ms if lease is None else as_ms(lease, "lease", above=True)
-        return KeptAlive(self._desk.runner.id, lease_ms / 1000, lambda: self.extend(lease_ms / 1000), self._lose)
+
+        def renew() -> Reply[bool] | None:
+            return None if self._told else self.extend(lease_ms / 1000)
+
+        return KeptAlive(self._desk.runner.id, lease_ms / 1000, renew, self._lose)
 
     def _tell(self, verb: Any, *args: Any) -> Reply[bool]:
-        reply: Reply[bool] = self._desk.runner.run(verb, self.id, self._token, *args)
-        self._told = True
+        before, self._told = self._told, True  # first: a renewal that comes behind it finds nothing
+        try:
+            reply: Reply[bool] = self._desk.runner.run(verb, self.id, self._token, *args)
+        except BaseException:
+            self._told = before
+            raise
         return reply.map(self._noted)
 
+    def _tell_why(self, verb: Any, error: str | None, *args: Any) -> Reply[bool]:
+        """Tell it something with the text of an error, or as much of it as the job has room for."""
+        told = self._tell(verb, *args, error)
+        if error is None or len(error.encode()) <= ERROR_ROOM:
+            return told
+        future, reply = unanswered()
+
+        def settle(done: Any) -> None:
+            failed = done.exception()
+            if failed is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(failed)
+
+        def settle_or_shorten(done: Any) -> None:
+            if not isinstance(done.exception(), QuotaExceeded):
+                settle(done)
+                return
+            short = error.encode()[:ERROR_ROOM].decode(errors="ignore")
+            try:
+                self._tell(verb, *args, short).add_done_callback(settle)
+            except BaseException as failed:
+                future.set_exception(failed)
+
+        told.add_done_callback(settle_or_shorten)
+        return reply
+
     def _noted(self, held: bool) -> bool:
-        self.lost = self.lost or not held
+        # After `ack_in` it may be gone because of that: what `ack_in` itself has found is what is known.
+        self.lost = self.lost or not (held or self._told_in)
         return held
 
     def _lose(self) -> None:
-        self.lost = True
+        self.lost = self.lost or not (self._told or self._told_in)
 
     def _extended(self, until_ms: int | None) -> bool:
         if until_ms is not None:
             self.until_ms = until_ms
-        return self._noted(until_ms is not None)
+        else:
+            self.lost = self.lost or not (self._told or self._told_in)
+        return until_ms is not None
 
     # -- as a context --------------------------------------------------------------------------------------------
 
@@ -194,12 +237,14 @@ class Message(Letter[T]):
                 self._not_told(error, failed)
 
     def _ended(self, error: BaseException | None) -> Reply[bool] | None:
-        """Tell what came of the block; return the reply to wait for."""
+        """Tell what came of the block, unless it has told that itself; return the reply to wait for."""
+        if self._told:
+            return None
         if error is None:
-            return None if self._told else self.ack()
+            return self.ack()
         if isinstance(error, Exception):
             try:
-                return self.retry(error=f"{type(error).__name__}: {error}")
+                return self.retry(error=_text_of(error))
             except PersistencyError as failed:
                 self._not_told(error, failed)
                 return None
@@ -208,7 +253,7 @@ class Message(Letter[T]):
         return None
 
     def _warn(self, held: bool) -> None:
-        if not held:
+        if not held and not self._told_in:
             name = self._desk.rows.category
             fields = about("message_lost", self._desk.runner.id, queue=name, message=self.id)
             log.warning("queue %r: message %d took longer than its lease", name, self.id, extra=fields)
@@ -223,6 +268,13 @@ class Message(Letter[T]):
 
     def __repr__(self) -> str:
         return f"<Message {self.id}, attempt {self.attempt}{' (lost)' if self.lost else ''}>"
+
+
+def _text_of(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its text fails in turn: the one that it stands for counts
+        return type(error).__name__
 
 
 def _as_error(error: Any) -> str | None:

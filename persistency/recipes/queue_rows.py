@@ -9,6 +9,9 @@ All are in one category. A message is in one state at a time; its state row says
     ("dead", ms, id)     it is a dead letter since then
     ("head",)            the last number given, the counts, and before when nothing is due in "time"
 
+The head and the states have a fixed width (but for the text of a long error): a message that was put can be taken and
+told anything in a job that is full.
+
 Rules:
   1. Numbers (ids, places, tokens) come from one counter and are never given twice.
   2. Each taking has a token. Whoever acknowledges, retries or extends shows it: a token that isn't the present one,
@@ -17,17 +20,23 @@ Rules:
      over at the end of the line, one whose lease is over at its old place, or among the dead after its last attempt.
   4. Each verb reads and writes a few rows by their keys, however long the queue is.
   5. Those who wait are rung for inside the transaction: what they then ask the job for comes behind it.
+  6. A message whose rows are damaged holds up no other: it is logged, and is a dead letter if its value is there.
 
 Doesn't know: jobs, threads, values.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
-from persistency import CBOR, Corrupt, KeyRange, Transaction, key
+from persistency import KeyRange, Transaction, key
+from persistency.logfields import about
+from persistency.recipes.queue_records import ATTEMPTS_MAX, Head, Kind, State, Stored, Terms, foreign
 from persistency.recipes.waiting import Bell
+
+log: logging.Logger = logging.getLogger("persistency.recipes")
 
 _DUE_MAX = 64  # so many at a time are put in line
 _TAKEN_BYTES_MAX = 16 * 1024 * 1024  # beyond this `take` gives no more of them at once
@@ -36,75 +45,8 @@ _LINE = KeyRange.prefix(key("line"))
 _TIME = KeyRange.prefix(key("time"))
 _DEAD = KeyRange.prefix(key("dead"))
 LEASE_OVER = "its lease was over"
-
-
-class Kind(IntEnum):
-    """The states of a message."""
-
-    READY = 0
-    DELAYED = 1
-    TAKEN = 2
-    DEAD = 3
-
-
-class State(NamedTuple):
-    """What is known of a message. `when_ms` is until when it is delayed or taken, or since when it is dead."""
-
-    kind: int
-    attempt: int
-    place: int
-    when_ms: int
-    token: int
-    put_ms: int
-    error: str | None
-
-
-class Stored(NamedTuple):
-    """A message as it is stored."""
-
-    id: int
-    body: bytes
-    state: State
-
-
-class Terms(NamedTuple):
-    """How often a message is tried, and how long it waits in between."""
-
-    attempts_max: int
-    backoff_ms: int
-    backoff_max_ms: int
-
-    def pause_ms(self, attempt: int) -> int:
-        """Return how long a message waits after an attempt that failed: twice as long after each."""
-        return min(self.backoff_max_ms, self.backoff_ms << min(attempt - 1, 62))
-
-
-class _Head:
-    """The one row that every verb reads. `wake_ms`: nothing is due before."""
-
-    __slots__ = ("before", "counts", "last", "lined_up", "wake_before_ms", "wake_ms")
-
-    def __init__(self, payload: bytes | None) -> None:
-        self.before = payload
-        self.lined_up = 0
-        self.last = 0
-        self.wake_ms: int | None = None
-        self.counts = [0, 0, 0, 0]
-        if payload is not None:
-            try:
-                self.last, self.wake_ms, *self.counts = CBOR.decode(payload)
-                if len(self.counts) != len(Kind):
-                    raise ValueError(self.counts)
-            except (TypeError, ValueError) as error:
-                raise Corrupt("a queue's category has rows that aren't a queue's", hint="Use another name.") from error
-        self.wake_before_ms = self.wake_ms
-
-    def encoded(self) -> bytes:
-        return CBOR.encode([self.last, self.wake_ms, *self.counts])
-
-    def next_number(self) -> int:
-        self.last += 1
-        return self.last
+DAMAGED = "its rows were damaged"
+_Where: TypeAlias = tuple[str, int, int]  # the parts of an index row's key
 
 
 class Rows:
@@ -117,8 +59,11 @@ class Rows:
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
-    def put(self, tx: Transaction, bodies: list[bytes], delay_ms: int) -> list[int]:
-        """Put messages at the end of the line, or have them wait first; return their ids."""
+    def put(self, tx: Transaction, delay_ms: int, *bodies: bytes) -> list[int]:
+        """Put messages at the end of the line, or have them wait first; return their ids.
+
+        The bodies are arguments of their own: so a runner sees how many bytes wait with the call.
+        """
         head, now_ms = self._begin(tx)
         ids = []
         for body in bodies:
@@ -137,15 +82,15 @@ class Rows:
         head, now_ms = self._begin(tx)
         taken: list[Stored] = []
         nbytes = 0
-        for found in tx.keys(self.category, _LINE, limit=limit):
-            id_ = found.parts[2]
-            state = self._state(tx, id_)
-            body = tx.get(self.category, key("body", id_))
-            if state is None or body is None:
-                raise Corrupt(f"message {id_} of queue {self.category!r} isn't whole")
+        attempts_max = min(self.terms.attempts_max, ATTEMPTS_MAX)
+        for id_, state, body in self._ready(tx, head, limit):
             self._leave(tx, head, id_, state)
             state = state._replace(
-                kind=Kind.TAKEN, attempt=state.attempt + 1, when_ms=now_ms + lease_ms, token=head.next_number()
+                kind=Kind.TAKEN,
+                attempt=state.attempt + 1,
+                when_ms=now_ms + lease_ms,
+                token=head.next_number(),
+                attempts_max=attempts_max,
             )
             self._enter(tx, head, id_, state)
             taken.append(Stored(id_, body, state))
@@ -207,28 +152,29 @@ class Rows:
     def dead(self, tx: Transaction, limit: int) -> list[Stored]:
         """Return dead letters, the longest dead first."""
         found = []
-        for id_ in self._ids(tx, _DEAD, limit):
-            state, body = self._state(tx, id_), tx.get(self.category, key("body", id_))
-            if state is not None and body is not None:
-                found.append(Stored(id_, body, state))
+        for where in self._index_rows(tx, _DEAD, limit):
+            body = tx.get(self.category, key("body", where[2]))
+            if body is not None:
+                found.append(Stored(where[2], body, self._dead_state(tx, where)))
         return found
 
     def revive(self, tx: Transaction, id_: int | None, limit: int) -> int:
         """Put one dead letter, or the longest dead, at the end of the line as if it were new; return how many."""
-        ids = self._ids(tx, _DEAD, limit) if id_ is None else [id_]
-        dead = {one: state for one in ids if (state := self._state(tx, one)) is not None and state.kind == Kind.DEAD}
+        if id_ is None:
+            dead = {where[2]: self._dead_state(tx, where) for where in self._index_rows(tx, _DEAD, limit)}
+        else:
+            known = self._state(tx, id_)
+            dead = {id_: known} if known is not None and known.kind == Kind.DEAD else {}
         for one, state in dead.items():
             self._move(tx, one, state, state._replace(kind=Kind.READY, attempt=0, place=0))
         return len(dead)
 
     def purge(self, tx: Transaction, age_ms: int, limit: int) -> int:
         """Delete dead letters that died so long ago; return how many."""
-        ids = self._ids(tx, KeyRange(_DEAD.start, key("dead", tx.now_ms - age_ms + 1)), limit)
-        for id_ in ids:
-            state = self._state(tx, id_)
-            if state is not None:
-                self._delete(tx, id_, state)
-        return len(ids)
+        found = self._index_rows(tx, KeyRange(_DEAD.start, key("dead", tx.now_ms - age_ms + 1)), limit)
+        for where in found:
+            self._delete(tx, where[2], self._dead_state(tx, where))
+        return len(found)
 
     def count(self, tx: Transaction) -> list[int]:
         """Return how many are in each state."""
@@ -238,31 +184,33 @@ class Rows:
 
     # -- moves ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, tx: Transaction) -> tuple[_Head, int]:
+    def _begin(self, tx: Transaction) -> tuple[Head, int]:
         """Read the head, and put in line what is due."""
-        head, now_ms = _Head(tx.get(self.category, _HEAD)), tx.now_ms
+        head, now_ms = self._head(tx), tx.now_ms
         if head.wake_ms is not None and head.wake_ms <= now_ms:
             due = KeyRange(_TIME.start, key("time", now_ms + 1))
-            for id_ in self._ids(tx, due, _DUE_MAX):
+            for where in self._index_rows(tx, due, _DUE_MAX):
+                id_ = where[2]
                 state = self._state(tx, id_)
                 if state is None:
-                    raise Corrupt(f"message {id_} of queue {self.category!r} isn't whole")
+                    self._give_up(tx, head, where)
+                    continue
                 self._leave(tx, head, id_, state)
                 if state.kind == Kind.DELAYED:
                     after = state._replace(kind=Kind.READY, place=0)
-                elif state.attempt < self.terms.attempts_max:
+                elif state.attempt < state.attempts_max:
                     after = state._replace(kind=Kind.READY, error=LEASE_OVER)
                 else:
                     after = self._died(now_ms, state, LEASE_OVER)
                 self._enter(tx, head, id_, after)
-            following = tx.keys(self.category, _TIME, limit=1)
-            head.wake_ms = following[0].parts[1] if following else None
+            following = self._index_rows(tx, _TIME, 1)
+            head.wake_ms = following[0][1] if following else None
         return head, now_ms
 
-    def _end(self, tx: Transaction, head: _Head) -> None:
+    def _end(self, tx: Transaction, head: Head) -> None:
         """Write the head, and ring for those who wait."""
         encoded = head.encoded()
-        if encoded == head.before:
+        if encoded == head.before or head.last == 0:  # the first look at an empty queue needs no room
             return
         tx.put(self.category, _HEAD, encoded)
         if head.lined_up:
@@ -271,25 +219,25 @@ class Rows:
             self.bell.ring(1)  # whoever watches the clock has to know
 
     def _move(self, tx: Transaction, id_: int, state: State, after: State) -> bool:
-        head = _Head(tx.get(self.category, _HEAD))
+        head = self._head(tx)
         self._leave(tx, head, id_, state)
         self._enter(tx, head, id_, after)
         self._end(tx, head)
         return True
 
     def _delete(self, tx: Transaction, id_: int, state: State) -> None:
-        head = _Head(tx.get(self.category, _HEAD))
+        head = self._head(tx)
         self._leave(tx, head, id_, state)
         tx.delete(self.category, key("state", id_))
         tx.delete(self.category, key("body", id_))
         self._end(tx, head)
 
-    def _leave(self, tx: Transaction, head: _Head, id_: int, state: State) -> None:
+    def _leave(self, tx: Transaction, head: Head, id_: int, state: State) -> None:
         """Take a message out of the state it is in."""
         tx.delete(self.category, _index(id_, state))
         head.counts[state.kind] -= 1
 
-    def _enter(self, tx: Transaction, head: _Head, id_: int, state: State) -> None:
+    def _enter(self, tx: Transaction, head: Head, id_: int, state: State) -> None:
         """Put a message into a state. Place 0: the end of the line."""
         if state.kind == Kind.READY:
             head.lined_up += 1
@@ -298,7 +246,7 @@ class Rows:
         elif state.kind != Kind.DEAD:
             head.wake_ms = state.when_ms if head.wake_ms is None else min(head.wake_ms, state.when_ms)
         tx.put(self.category, _index(id_, state), b"")
-        tx.put(self.category, key("state", id_), CBOR.encode(list(state)))
+        tx.put(self.category, key("state", id_), state.encoded())
         head.counts[state.kind] += 1
 
     def _died(self, now_ms: int, state: State, error: str | None) -> State:
@@ -310,15 +258,58 @@ class Rows:
         return state if state is not None and state.kind == Kind.TAKEN and state.token == token else None
 
     def _state(self, tx: Transaction, id_: int) -> State | None:
+        """Return the state of a message; `None` if there is none, or only a damaged one."""
         payload = tx.get(self.category, key("state", id_))
-        if payload is None:
-            return None
-        parts: list[Any] = CBOR.decode(payload)
-        return State(*parts)
+        return None if payload is None else State.decoded(payload)
 
-    def _ids(self, tx: Transaction, key_range: KeyRange, limit: int) -> list[int]:
-        """Return the messages of a part of an index."""
-        return [found.parts[2] for found in tx.keys(self.category, key_range, limit=limit)]
+    def _dead_state(self, tx: Transaction, where: _Where) -> State:
+        """Return the state of a dead letter, as far as it is known."""
+        return self._state(tx, where[2]) or State(Kind.DEAD, 0, 0, where[1], 0, where[1], DAMAGED)
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def _head(self, tx: Transaction) -> Head:
+        payload = tx.get(self.category, _HEAD)
+        if payload is None and tx.keys(self.category, limit=1):
+            raise foreign()
+        return Head(payload)
+
+    def _index_rows(self, tx: Transaction, key_range: KeyRange, limit: int) -> list[_Where]:
+        """Return the rows of a part of an index."""
+        found = [one.parts for one in tx.keys(self.category, key_range, limit=limit)]
+        if any(len(parts) != 3 or type(parts[1]) is not int or type(parts[2]) is not int for parts in found):
+            raise foreign()
+        return found
+
+    def _ready(self, tx: Transaction, head: Head, limit: int) -> Iterator[tuple[int, State, bytes]]:
+        """Go through the first messages in line, and past those that are damaged."""
+        while limit:
+            damaged = 0
+            for where in self._index_rows(tx, _LINE, limit):
+                state, body = self._state(tx, where[2]), tx.get(self.category, key("body", where[2]))
+                if state is None or body is None:
+                    self._give_up(tx, head, where)
+                    damaged += 1
+                else:
+                    yield where[2], state, body
+            limit = damaged
+
+    def _give_up(self, tx: Transaction, head: Head, where: _Where) -> None:
+        """Take a message that isn't whole out of the way: if its value is there it is a dead letter."""
+        index, _, id_ = where
+        tx.delete(self.category, key(*where))
+        # Which of the two it was nobody knows any more; no count is to fall below 0.
+        timed = Kind.TAKEN if head.counts[Kind.TAKEN] else Kind.DELAYED
+        kind = Kind.READY if index == "line" else timed
+        head.counts[kind] = max(0, head.counts[kind] - 1)
+        kept = tx.exists(self.category, key("body", id_))
+        if kept:
+            self._enter(tx, head, id_, State(Kind.DEAD, 0, 0, tx.now_ms, 0, tx.now_ms, DAMAGED))
+        else:
+            tx.delete(self.category, key("state", id_))
+        fields = about("message_damaged", tx.job_id, queue=self.category, message=id_)
+        outcome = "a dead letter" if kept else "lost"
+        log.error("queue %r: message %d isn't whole, and is %s", self.category, id_, outcome, extra=fields)
 
 
 def _index(id_: int, state: State) -> Any:

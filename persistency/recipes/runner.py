@@ -12,7 +12,7 @@ Doesn't know: what is run, or where.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
@@ -52,6 +52,26 @@ def check_function(fn: Any) -> None:
     for one in (call, getattr(call, "__call__", None)):  # noqa: B004  # the method itself is looked at
         if inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one) or inspect.isgeneratorfunction(one):
             raise Misuse("fn is a coroutine function or a generator: pass a plain def that returns its answer")
+
+
+def bytes_of(args: Iterable[Any]) -> int:
+    """Return the bytes of text and bytes among a function's arguments, which wait with it."""
+    return sum(
+        one.nbytes if isinstance(one, memoryview) else len(one)
+        for one in args
+        if isinstance(one, bytes | bytearray | memoryview | str)
+    )
+
+
+def check_transaction(tx: Any, runner: Runner) -> None:
+    """Raise `Misuse` for what isn't a transaction of the runner's job."""
+    if not isinstance(tx, Transaction):
+        raise Misuse(
+            f"tx must be a Transaction, not {type(tx).__name__}",
+            hint="Pass what the function is given that you have run.",
+        )
+    if tx.job_id != runner.id:
+        raise Misuse(f"the transaction is job {tx.job_id!r}'s, not {runner.id!r}'s: one of the same job is needed")
 
 
 def poll_of(runner: Runner) -> float | None:

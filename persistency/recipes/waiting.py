@@ -18,6 +18,7 @@ import threading
 from collections.abc import Generator, Hashable
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
@@ -136,7 +137,7 @@ class Bell:
     def ring(self, count: int | None = None) -> None:
         """Wake everybody who listens, or the `count` who have listened longest."""
         with self._lock:
-            chosen = list(self._listening)[:count]
+            chosen = list(islice(self._listening, count))
             futures = [self._listening.pop(one)[0] for one in chosen]
         for future in futures:
             future.set_result(None)

@@ -176,7 +176,7 @@ def plant(name: str) -> None:
     elif name == "frees anybody's":
         vars(lock_grant)["free"] = _free_anybodys
     elif name == "gives a token again":
-        vars(lock_grant)["token_of"] = vars(lock_rows)["token_of"] = _same_token_of
+        vars(lock_rows)["token_of"] = _same_token_of
     else:
         vars(lock)["take"] = _TAKES[name]
 

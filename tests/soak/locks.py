@@ -228,18 +228,33 @@ def storm(
     return judged
 
 
+def enough(judged: Judged, cycles: int, *, ended_early: bool) -> list[str]:
+    """Say what there was too little of for the rest to mean anything; nothing, if that was asked for by `--seconds`."""
+    if ended_early:
+        return []
+    found = []
+    if judged.contended < 10 * cycles:
+        found.append(f"only {judged.contended:,} rounds were contended, of at least {10 * cycles:,}")
+    if not judged.died or not judged.killed:
+        found.append(f"{judged.died} holders were killed inside, and {judged.killed} processes: nobody has died")
+    return found
+
+
 def soak(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
-    """For each form 11 rounds for each of the cycles (11,000), of which more than 10 are contended.
+    """For each form 11 rounds for each of the cycles (11,000), of which at least 10 are contended.
 
     The table says under "cycles" how many were contended, of all; under "in between" how many holders were killed
     inside, and how many processes in all; under "lost" how many were refused because their lease had run out.
     """
     for form in PROCESSES:
         begun = monotonic()
-        judged = storm(form, 11 * given.cycles, given.seed, seconds=given.seconds, tell=tell)
+        rounds = 11 * given.cycles
+        judged = storm(form, rounds, given.seed, seconds=given.seconds, tell=tell)
+        ended_early = judged.rounds < rounds and monotonic() - begun >= given.seconds
+        judged.wrong += enough(judged, given.cycles, ended_early=ended_early)
         part = Part(f"locks, {form}", wrong=[f"locks, {form}: {wrong}" for wrong in judged.wrong])
         part.cells = {
-            "cycles": f"{judged.contended:,} of {judged.rounds:,}",
+            "cycles": f"{judged.contended:,} of {judged.rounds:,}" + (", ended early" if ended_early else ""),
             "in between": f"{judged.died} inside, {judged.killed} in all",
             "lost": str(judged.lost),
             "other": str(len(judged.wrong)),

@@ -3,6 +3,9 @@
 A consumer is a process of its own that takes records and is killed by SIGKILL in the middle of that. Whatever it did in
 the transaction of `commit_in` must have been done exactly once; what it wrote to a file of its own before `commit`, at
 least once; and nothing may be skipped either way.
+
+Of memoize: processes on one baton want the same results at the same time, and some are killed while they compute. Each
+computation is a line of a file: one of each result, and no more than one again for each thread that was killed.
 """
 
 from __future__ import annotations
@@ -199,8 +202,88 @@ def holes(log: OrderedLog[Any], appenders: int, records: int) -> list[str]:
     return wrong
 
 
+MEMOIZER = """
+import os, sys, threading, time
+from persistency import Persistency
+from persistency.recipes import Baton, memoize, memoize_flights
+
+root, journal, plant = sys.argv[1:4]
+results, threads, lease = int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])
+line = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+if plant == "alone":  # a planted defect: claims of other processes count for nothing
+
+    def begin(tx, claim, ahead, waits, anew, really=memoize_flights.begin):
+        return really(tx, claim, ahead, False, anew)
+
+    memoize_flights.begin = begin
+
+with Persistency(root) as p, Baton(p, "cache", poll=0.01) as baton:
+
+    @memoize(baton, "slow", lease=lease)
+    def slow(x):
+        os.write(line, b"%d\\n" % x)
+        time.sleep(0.02)
+        return [x]
+
+    found = []
+
+    def call(tells):
+        for x in range(results):
+            if slow(x) != [x]:
+                return
+            if tells:
+                print(x, flush=True)
+        found.append(True)
+
+    callers = [threading.Thread(target=call, args=(nth == 0,)) for nth in range(threads)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+sys.exit(len(found) != threads)
+"""
+THREADS = 2
+
+
+def shared(
+    place: Path, processes: int, results: int, kills: int, seed: int, lease: float, plant: str = ""
+) -> tuple[list[str], int]:
+    """Have processes ask for the same results, and kill some meanwhile; return what was wrong, and how many died."""
+    place.mkdir(parents=True, exist_ok=True)
+    arguments = [place / "root", place / "journal", plant, results, THREADS, lease]
+    program = [sys.executable, "-c", MEMOIZER, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=TOP, env=environment)
+
+    rng, killed, wrong = random.Random(seed), 0, []
+    running = [start() for _ in range(processes)]
+    for nth in range(kills):
+        goal = (nth + rng.random()) * results / (kills + 1)
+        with running.pop(0) as victim:
+            assert victim.stdout is not None
+            if any(int(number) >= goal for number in victim.stdout):
+                victim.kill()
+                killed += 1
+        running.append(start())
+    for process in running:
+        with process:
+            process.communicate(timeout=WAIT * 10)
+        if process.returncode:
+            wrong.append("failed: a process got a wrong result, or none")
+    computed = Counter(map(int, (place / "journal").read_text().split()))
+    wrong += [f"lost: result {number} was never computed" for number in range(results) if number not in computed]
+    if computed.total() > results + killed * THREADS:
+        wrong.append(f"twice: {computed.total()} computations of {results} results, {killed} processes killed")
+    return wrong, killed
+
+
 def soak(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
-    """Kill a consumer `cycles // 5` times in each way (200), and append 16 * `cycles` records by 4 processes."""
+    """Kill a consumer `cycles // 5` times in each way (200), append 16 * `cycles` records by 4 processes, and
+    compute `cycles` results of which `cycles // 20` (50) processes are killed in the middle.
+    """
     kills = max(1, given.cycles // 5)
     with tempfile.TemporaryDirectory(prefix="logs-") as name:
         place = Path(name)
@@ -236,6 +319,31 @@ def soak(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
             "seconds": _since(begun),
         }
         yield part
+        yield from _soak_memoize(given, tell, place)
+
+
+def _soak_memoize(given: argparse.Namespace, tell: Tell, place: Path) -> Iterator[Part]:
+    part, begun = Part("memoize, planted defect: alone"), monotonic()
+    tell(part.name)
+    found, _ = shared(place / "plant-alone", 4, 20, 0, given.seed, 2.0, "alone")
+    if not any(finding.startswith("twice") for finding in found):
+        part.wrong.append(f"{part.name}: not reported")
+    part.cells = {"other": "seen" if not part.wrong else "", "seconds": _since(begun)}
+    yield part
+    part, begun = Part("memoize, 4 processes, some killed"), monotonic()
+    tell(part.name)
+    kills = max(1, given.cycles // 20)
+    part.wrong, killed = shared(place / "memoize", 4, given.cycles, kills, given.seed, 2.0)
+    if killed < kills:
+        part.wrong.append(f"{part.name}: only {killed} of {kills} were killed")
+    lost = sum(finding.startswith("lost") for finding in part.wrong)
+    part.cells = {
+        "cycles": f"{killed:,}",
+        "lost": str(lost),
+        "rows": f"{given.cycles:,}",
+        "seconds": _since(begun),
+    }
+    yield part
 
 
 def _since(begun: float) -> str:

@@ -73,7 +73,8 @@ def consume(baton: Baton, queue: Queue[int], notes: int, chance: random.Random) 
 
 def shows_no_token() -> None:
     """Who has lost a message acknowledges it for its new owner."""
-    from persistency.recipes.queue_rows import Kind, Rows, State
+    from persistency.recipes.queue_records import Kind, State
+    from persistency.recipes.queue_rows import Rows
 
     def held(self: Rows, tx: Transaction, id_: int, token: int) -> State | None:
         state = self._state(tx, id_)
@@ -84,7 +85,8 @@ def shows_no_token() -> None:
 
 def takes_for_good() -> None:
     """A message is deleted when it is taken, as in a queue without acknowledgement."""
-    from persistency.recipes.queue_rows import Rows, Stored
+    from persistency.recipes.queue_records import Stored
+    from persistency.recipes.queue_rows import Rows
 
     take, ack = Rows.take, Rows.ack
 
