@@ -5,6 +5,7 @@ Rules:
   2. An import that stops early says what is stored; an export that stops early leaves no file.
   3. What is read is JSON lines if nothing says else, for a wrong guess is told at its first line; of what is written
      the format is said.
+  4. Another program's store is imported with `--from`, and the options beside it mean nothing without.
 
 Doesn't know: how anything is done.
 """
@@ -22,6 +23,7 @@ import typer
 from persistency import Persistency, Reader
 from persistency.cli.arguments import AnyCategory, AsJson, JobId, Root, Yes, as_fields
 from persistency.cli.ending import Fault, told
+from persistency.cli.migrating import ENCODED, KEYS, ORIGINS, UNPICKLE, Wanted, bring_over, check_wanted
 from persistency.cli.opening import find, looking_into
 from persistency.cli.rowfile import Format, RowFile, format_of
 from persistency.cli.show import progress, show_json, show_pairs, working
@@ -48,6 +50,59 @@ Form = Annotated[
 ]
 
 
+def _word(option: str, words: tuple[str, ...], text: str) -> Any:
+    """Return the type of an option of `--from` that takes one of some words."""
+
+    def check(typed: str | None) -> str | None:
+        if typed is not None and typed not in words:
+            raise typer.BadParameter(f"{typed!r} isn't one of {', '.join(words)}")
+        return typed
+
+    return typer.Option(
+        option,
+        metavar="|".join(words),
+        help=text,
+        show_default=False,
+        callback=check,
+        autocompletion=lambda: list(words),
+        rich_help_panel=_PANEL,
+    )
+
+
+_PANEL = "From another store"
+From = Annotated[str | None, _word("--from", ORIGINS, "What FILE is: a store of another program.")]
+Tables = Annotated[
+    list[str] | None,
+    typer.Option("--table", metavar="NAME", help="Only this table; may be repeated.", rich_help_panel=_PANEL),
+]
+Unpickle = Annotated[
+    str | None,
+    _word("--unpickle", UNPICKLE, "Read pickles: plain data, running nothing; or all, running whatever they say."),
+]
+Keys = Annotated[
+    str | None,
+    _word(
+        "--keys",
+        tuple(dict.fromkeys(word for words in KEYS.values() for word in words)),
+        "Its keys: text or pickles (sqlitedict); raw, text or bytes (lmdb).",
+    ),
+]
+Encoded = Annotated[
+    str | None,
+    _word(
+        "--encoded",
+        tuple(dict.fromkeys(word for words in ENCODED.values() for word in words)),
+        "Its values: json (diskcache); pickle, json or plain (sqlitedict).",
+    ),
+]
+KeepPickles = Annotated[
+    bool,
+    typer.Option("--keep-pickles", help="Store unread pickles as they are, in NAME.pickles.", rich_help_panel=_PANEL),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Store bytes as they are, not as CBOR.", rich_help_panel=_PANEL)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Look at everything, store nothing.", rich_help_panel=_PANEL)]
+
+
 @told
 def import_(
     root: Root,
@@ -55,7 +110,9 @@ def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="A .jsonl, .csv or .cbor file, packed by gzip or not; - is stdin.", show_default=False
+            metavar="FILE",
+            help="A .jsonl, .csv or .cbor file, packed by gzip or not; - is stdin. With --from: its path.",
+            show_default=False,
         ),
     ],
     fields: Annotated[
@@ -65,6 +122,14 @@ def import_(
     category: AnyCategory = None,
     form: Form = None,
     atomic: Annotated[bool, typer.Option("--atomic", help="All of it in one batch, or nothing.")] = False,
+    origin: From = None,
+    tables: Tables = None,
+    unpickle: Unpickle = None,
+    keys: Keys = None,
+    encoded: Encoded = None,
+    keep_pickles: KeepPickles = False,
+    raw: Raw = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Put the rows of a file into a job: those of an export, or records whose fields make the key.
@@ -74,8 +139,20 @@ def import_(
     stored, nothing behind it is, and it says how far it came. With --atomic all are stored or none; the file has to
     fit in memory then.
 
-    Example: persistency import data packages debian-packages.jsonl.gz --key section,package
+    With --from it is the store of another program: the directory of a diskcache, a file of sqlitedict, an environment
+    of lmdb. It is only read. What can't come along is shown, with the reason, and is exit code 1; pickles are never
+    read unless --unpickle says so.
+
+    Examples: persistency import data packages debian-packages.jsonl.gz --key section,package;
+    persistency import data cache ./cache --from diskcache --unpickle plain
     """
+    wanted = Wanted(origin or "", tables or None, unpickle, keys, encoded, keep_pickles, raw, dry_run)
+    if origin is not None:
+        _refuse("of another store", ("--key", fields is not None), ("--format", form is not None))
+        check_wanted(wanted, file)
+        bring_over(root, job, file, wanted, category, atomic=atomic, as_json=as_json)
+        return
+    _refuse("without --from", *wanted.beside())
     names, chosen = as_fields(fields), Format(form) if form else format_of(file) or Format.jsonl
     if chosen is Format.cbor:
         _check_cbor(names, category, atomic=atomic)
@@ -102,6 +179,12 @@ def import_(
         ("seconds", f"{intake.seconds:.2f}"),
     ]
     show_pairs(f"{job}: {', '.join(intake.before) or named or DEFAULT_CATEGORY}", pairs)
+
+
+def _refuse(where: str, *options: tuple[str, object]) -> None:
+    for option, typed in options:
+        if typed:
+            raise typer.BadParameter(f"it means nothing {where}", param_hint=f"'{option}'")
 
 
 def _check_cbor(names: tuple[str, ...] | None, category: str | None, *, atomic: bool) -> None:
