@@ -19,7 +19,13 @@ extensions = ["sphinx.ext.autodoc", "myst_parser", "sphinx_copybutton", "docstri
 exclude_patterns = ["build"]
 nitpicky = True
 # Types of the libraries that are left out below: their documentation is elsewhere, and some have lost their module.
-nitpick_ignore_regex = [("py:class", r"(prometheus_client|opentelemetry)\..*|CollectorRegistry|MeterProvider")]
+nitpick_ignore_regex = [
+    (
+        "py:class",
+        r"(prometheus_client|opentelemetry|key_value|starlette|langgraph|langchain_core)\..*|CollectorRegistry|MeterProvider",
+    ),
+    ("py:class", "RunnableConfig|CheckpointTuple"),
+]
 # An option's text isn't prose: `--json` is no dash, and a quotation mark is the one to be typed.
 smartquotes = False
 
@@ -28,7 +34,8 @@ myst_heading_anchors = 3
 
 # The extra `docs` doesn't bring the libraries of the integrations. They are left out where they are installed, too: so
 # the build is the same everywhere, and what it is warned of here it is warned of there.
-autodoc_mock_imports = ["prometheus_client", "opentelemetry"]
+autodoc_mock_imports = ["prometheus_client", "opentelemetry", "key_value", "starlette"]
+autodoc_mock_imports += ["django", "asgiref", "langgraph", "langchain_core", "lmdb"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = False

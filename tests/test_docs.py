@@ -19,6 +19,7 @@ from types import FunctionType
 import pytest
 
 import persistency
+import persistency.integrations.migration
 import persistency.testing
 from persistency.storage import port
 
@@ -35,6 +36,34 @@ ELSEWHERE = {
     "persistency.codec.fixed": None,
     "persistency.integrations.prometheus": None,
     "persistency.integrations.opentelemetry": None,
+    "persistency.integrations.keyvalue": ["KeyValue", "PersistencyStore", "SyncPersistencyStore"],
+    "persistency.integrations.langgraph": ["Listing", "PersistencySaver", "PersistencyGraphStore"],
+    "persistency.integrations.django": ["PersistencyCache", "release"],
+    "persistency.integrations.starlette": [
+        "Session",
+        "SessionInfo",
+        "SessionMiddleware",
+        "SessionStore",
+        "handle_of",
+        "regenerate",
+        "save",
+    ],
+    "persistency.integrations.migration": persistency.integrations.migration.__all__,
+    "persistency.recipes": [
+        "AsyncMemoized",
+        "Baton",
+        "Consumer",
+        "DeadLetter",
+        "LogRecord",
+        "Memoized",
+        "Memoizing",
+        "Message",
+        "OrderedLog",
+        "Queue",
+        "QueueCounts",
+        "Runner",
+        "memoize",
+    ],
     "persistency.storage.port": ["Root", "Store", "StoreOptions", "Status", "Checkpointing", "Restoring"],
 }
 
@@ -47,7 +76,23 @@ def written_in(module: str) -> list[str]:
 
 
 # Libraries of the other extras. Where the tests run they are installed, and would hide that the pages need them.
-ABSENT = ["prometheus_client", "opentelemetry", "typer", "rich", "pydantic", "msgspec", "pytest", "hypothesis"]
+ABSENT = [
+    "prometheus_client",
+    "opentelemetry",
+    "key_value",
+    "starlette",
+    "django",
+    "asgiref",
+    "langgraph",
+    "langchain_core",
+    "lmdb",
+    "typer",
+    "rich",
+    "pydantic",
+    "msgspec",
+    "pytest",
+    "hypothesis",
+]
 # What `python -m sphinx` is where only the extra `docs` is installed.
 SPHINX = f"""
 import sys

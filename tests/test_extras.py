@@ -18,6 +18,18 @@ EXTRAS = {
     "typed": ["msgspec", "pydantic"],
     "prometheus": ["prometheus_client"],
     "opentelemetry": ["opentelemetry"],
+    "keyvalue": ["key_value"],
+    "starlette": ["starlette"],
+    "langgraph": ["langgraph"],
+    "django": ["django"],
+    "lmdb": ["lmdb"],
+}
+
+# Packages that are imported under another name than they are installed by.
+IMPORTED_AS = {
+    "opentelemetry_api": "opentelemetry",
+    "py_key_value_aio": "key_value",
+    "langgraph_checkpoint": "langgraph",
 }
 
 # Before anything is imported: as if these had never been installed.
@@ -85,7 +97,7 @@ print("done")
     assert ended.stdout == "done\n", ended.stderr
 
 
-@pytest.mark.parametrize("extra", ["prometheus", "opentelemetry"])
+@pytest.mark.parametrize("extra", ["prometheus", "opentelemetry", "keyvalue", "starlette", "langgraph", "django"])
 def test_a_missing_integration_names_its_extra(extra: str) -> None:
     """Importing it raises one line, without the import that failed before it, and can be caught as any import error."""
     module = f"persistency.integrations.{extra}"
@@ -145,5 +157,5 @@ def test_every_extra_is_declared_with_what_it_brings() -> None:
     declared = PROJECT["optional-dependencies"]
     for extra, packages in EXTRAS.items():
         brought = {re.split(r"[><=\[ ]", requirement)[0].replace("-", "_") for requirement in declared[extra]}
-        assert {"opentelemetry" if name == "opentelemetry_api" else name for name in brought} == set(packages)
+        assert {IMPORTED_AS.get(name, name) for name in brought} == set(packages)
     assert set(declared) - set(EXTRAS) == {"docs", "test", "bench", "dev"}
