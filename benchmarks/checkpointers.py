@@ -210,6 +210,9 @@ def _verify(name: str, conversations: Sequence[Sequence[Step]], directory: Path)
             found = list(saver.list(_thread(steps[0])))
             if [one.checkpoint for one in reversed(found)] != [step.checkpoint for step in steps]:
                 raise Mismatch(f"{name}: the checkpoints read back aren't those that were put")
+            written = [[(channel, value) for _, channel, value in one.pending_writes or ()] for one in reversed(found)]
+            if written != [[("messages", [step.write])] for step in steps]:
+                raise Mismatch(f"{name}: the writes read back aren't those that were put")
 
 
 def _serializer(steps: Sequence[Step]) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from persistency import Closed, Job, Misuse, Overloaded, Persistency, Transaction
@@ -20,28 +22,30 @@ from tests.loops import InLoop
 TASKS = 60
 WAIT = 60.0  # seconds until it is taken for certain that nobody comes on
 TEXT = "some text " * 500
-SMALL: dict[str, Any] = {"mailbox_ops_max": 8, "mailbox_bytes_max": 16 * 1024, "requests_max": 8, "inline": False}
+SMALL: dict[str, Any] = {"mailbox_ops_max": 8, "mailbox_bytes_max": 16 * 1024, "requests_max": 8}
 
 
 @contextmanager
 def busy(job: Job) -> Iterator[Callable[[], None]]:
-    """Keep the job's thread from taking anything out of its mailbox until what is given is called."""
+    """Keep the job from taking anything out of its mailbox until what is given is called."""
     begun, released = threading.Event(), threading.Event()
 
     def wait(_tx: Transaction) -> None:
         begun.set()
         released.wait(WAIT)
 
-    reply = job.run(wait)
-    begun.wait(WAIT)
+    # Of an idle job's mailbox nothing is taken: it may do at once, in the caller's thread, what it is asked for.
+    elsewhere = threading.Thread(target=lambda: job.run(wait).result(WAIT))
+    elsewhere.start()
+    assert begun.wait(WAIT)
     try:
         yield released.set
     finally:
         released.set()
-        reply.result(WAIT)
+        elsewhere.join(WAIT)
 
 
-async def all_at_once(acts: list[Callable[[], Awaitable[Any]]], then: Callable[[], object]) -> list[Any]:
+async def all_at_once(acts: Sequence[Callable[[], Awaitable[Any]]], then: Callable[[], object]) -> list[Any]:
     """Begin all of them, each in a task of its own, call `then` when each has asked; return what they return."""
     done: list[Any] = []
     asked = 0
@@ -104,7 +108,7 @@ def test_in_a_loop_a_full_mailbox_is_waited_for(verb: str, tmp_path: Path, in_lo
 
         async def everything() -> None:
             with busy(job) as release:
-                acts = [lambda at=at: act(at) for at in range(TASKS)]
+                acts = [partial(act, at) for at in range(TASKS)]
                 assert len(await all_at_once(acts, release)) == TASKS
 
         in_loop(everything)
@@ -132,7 +136,7 @@ def test_what_is_larger_than_the_mailbox_waits_behind_the_others(tmp_path: Path,
 
         async def everything() -> None:
             with busy(job) as release:
-                await all_at_once([lambda at=at: act(at) for at in range(TASKS)], release)
+                await all_at_once([partial(act, at) for at in range(TASKS)], release)
 
         in_loop(everything)
         assert ids(saver.list(None, limit=TASKS)) == ["2"] * TASKS
@@ -173,7 +177,7 @@ def test_who_waits_for_room_in_a_job_that_is_closed_is_told(tmp_path: Path, in_l
                     threads.append(closing)
                     release()
 
-                return await all_at_once([lambda at=at: act(at) for at in range(TASKS)], close)
+                return await all_at_once([partial(act, at) for at in range(TASKS)], close)
 
         threads: list[threading.Thread] = []
         told = in_loop(everything)
@@ -204,7 +208,7 @@ def test_on_a_baton_more_bytes_than_may_wait_are_waited_for(form: str, tmp_path:
         blocked = baton.run(wait)
         begun.wait(WAIT)
         if form == "loop":
-            in_loop(lambda: all_at_once([lambda at=at: aact(at) for at in range(16)], released.set))
+            in_loop(lambda: all_at_once([partial(aact, at) for at in range(16)], released.set))
         else:
             threads = [threading.Thread(target=act, args=(at,), daemon=True) for at in range(16)]
             for one in threads:
@@ -268,7 +272,7 @@ def test_a_listing_asked_in_both_forms_at_once_says_so(tmp_path: Path, in_loop: 
                 release()
 
             with busy(job) as release:
-                found = ids(await all_at_once([lambda: anext(listing)], then))
+                found = ids(await all_at_once([listing.__anext__], then))
             return found + ids([one async for one in listing])
 
         assert in_loop(both) == ["2", "1"]
