@@ -54,9 +54,11 @@ def communicated(process: subprocess.Popen[str], text: str | None = None) -> tup
 
 def ended(process: subprocess.Popen[str]) -> str:
     """Wait for a process' end, and return what it has said; it has nothing to complain of."""
-    said, complaints = communicated(process)
-    assert process.returncode == 0, complaints
-    assert complaints == ""
+    said, told = communicated(process)
+    assert process.returncode == 0, told
+    # That others read all the time may be warned of; whether there was a moment without is up to the machine.
+    complaints = [line for line in told.splitlines() if "its log can't be cut off" not in line]
+    assert complaints == []
     return said
 
 
