@@ -297,8 +297,10 @@ def of_worker(job: Job) -> int:
     return ident
 
 
-# What is thrown while a generator or a finaliser ends can't get further; Python only says so.
+# What is thrown while a generator or a finaliser ends can't get further; Python only says so. Nor can what is thrown in
+# the last line of a thread, which may come to that when the piece is over.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("piece", PIECES)
 def test_an_exception_at_any_place_leaves_nobody_waiting(place: Path, piece: str) -> None:
     """Issue 4.2, promise 7: wherever it comes, every reply is settled, the cause told, the numbers add up."""
