@@ -35,7 +35,7 @@ myst_heading_anchors = 3
 # The extra `docs` doesn't bring the libraries of the integrations. They are left out where they are installed, too: so
 # the build is the same everywhere, and what it is warned of here it is warned of there.
 autodoc_mock_imports = ["prometheus_client", "opentelemetry", "key_value", "starlette"]
-autodoc_mock_imports += ["django", "asgiref", "langgraph", "langchain_core", "lmdb"]
+autodoc_mock_imports += ["django", "asgiref", "langgraph", "langchain_core", "lmdb", "wasmtime"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = False

@@ -31,7 +31,7 @@ PUBLIC = {name: getattr(persistency, name) for name in persistency.__all__}
 # Nobody but the engine makes these: how it does is none of a reader's business.
 MADE_BY_THE_ENGINE = frozenset(
     ["Job", "Reader", "Reply", "Transaction", "CategoryMapping", "Collection", "MergePool", "Pages", "Decoded", "Grant"]
-    + ["DeadLetter", "KeptAlive", "Message"]
+    + ["DeadLetter", "KeptAlive", "Message", "Plugin"]
 )
 _OPTION = re.compile(r"(?:[a-z_]+|[A-Z_]{2,})(?:, (?:[a-z_]+|[A-Z_]{2,}))*: ")
 _NAME = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))?")

@@ -72,6 +72,14 @@ class KVStore:
         """
         return self.job.delete_range_acked(self.category, _span(prefix, bytes_min=1))
 
+    def compare_and_set(self, key: str, expected: Payload | None, new: Payload | None) -> Reply[bool]:
+        """Put `new` in the place of `expected`, in one step, and answer whether that was there; `None` is no such key.
+
+        Values are compared, byte by byte. `None, new` creates a key only if there is none; `expected, None` deletes one
+        only if it still has that value. A value put so doesn't end. `QuotaExceeded` as for `set`.
+        """
+        return self.job.compare_and_set(self.category, _key(key), expected, new)
+
     def _commit(self, put: Put) -> Reply[None]:
         return self.job.commit(put).map(_nothing)
 

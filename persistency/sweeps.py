@@ -25,16 +25,16 @@ from persistency.storage.port import StoredJob
 log: logging.Logger = logging.getLogger("persistency")
 
 _UNITS = {"": 1, "k": 1_000, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]i?)?b?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?) *([kmgt]i?)?b?", re.IGNORECASE | re.ASCII)
 
 
-def _as_bytes(value: object, argument: str) -> int:
+def as_bytes(value: object, argument: str) -> int:
     """Return a number of bytes, given as an int or as a text like "500MB" or "2GiB". Raises `Misuse`."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if found is None:
-        raise Misuse(f'{argument} must be bytes, not {value!r}: pass 500_000_000, "500MB" or "2GiB"')
+        raise Misuse(f'{argument} must be bytes, not {value!r:.80}: pass 500_000_000, "500MB" or "2GiB"')
     from fractions import Fraction  # only here: hardly any service sets a size as text
 
     return int(Fraction(found[1]) * _UNITS[(found[2] or "").lower()])
@@ -114,7 +114,7 @@ class Sweeping(Closing):
         `max_bytes`: a number, or a text like `"500MB"` or `"2GiB"`; 0 is no limit. Returns the ids of those
         dropped. One that is open, here or in another process, is never dropped.
         """
-        limit = _as_bytes(max_bytes, "max_bytes")
+        limit = as_bytes(max_bytes, "max_bytes")
         self._check_open()
         if not limit:
             return []

@@ -23,6 +23,7 @@ EXTRAS = {
     "langgraph": ["langgraph"],
     "django": ["django"],
     "lmdb": ["lmdb"],
+    "plugins": ["wasmtime"],
 }
 
 # Packages that are imported under another name than they are installed by.

@@ -1304,3 +1304,83 @@ def test_typed_job_and_category(store: KVStore) -> None:
     """The store says what it is made of."""
     assert isinstance(store.job, Job)
     assert store.category == CATEGORY == "kv"
+
+
+# -- compare_and_set --------------------------------------------------------------------------------------------------
+
+
+def test_compare_and_set(store: KVStore) -> None:
+    """The new value takes the old one's place only if that is there, byte by byte; the answer says which it was."""
+    store.set("k", b"old").result(WAIT)
+    for other in (b"", b"ol", b"old\0", b"OLD", None):
+        assert store.compare_and_set("k", other, b"new").result(WAIT) is False
+    assert store.get("k").result(WAIT) == b"old"
+    assert store.compare_and_set("k", bytearray(b"old"), memoryview(b"new")).result(WAIT) is True
+    assert store.get("k").result(WAIT) == b"new"
+
+
+def test_no_such_key_may_stand_on_either_side(store: KVStore) -> None:
+    """With `None` expected it creates, with `None` new it deletes; an empty value is a value, not a missing key."""
+    assert store.compare_and_set("k", b"", b"x").result(WAIT) is False
+    assert store.compare_and_set("k", None, b"").result(WAIT) is True
+    assert store.compare_and_set("k", None, b"x").result(WAIT) is False
+    assert store.get("k").result(WAIT) == b""
+    assert store.compare_and_set("k", b"", None).result(WAIT) is True
+    assert store.has("k").result(WAIT) is False
+    assert store.compare_and_set("k", None, None).result(WAIT) is True
+    assert store.list().result(WAIT) == []
+
+
+def test_what_has_ended_is_no_such_key_to_compare(store: KVStore, clock: Clock) -> None:
+    """A value that has ended isn't there to be expected; what is put in the place of one that ends stays."""
+    store.set_with_ttl("k", b"brief", 1).result(WAIT)
+    assert store.compare_and_set("k", b"brief", b"stays").result(WAIT) is True
+    store.set_with_ttl("gone", b"brief", 1).result(WAIT)
+    clock.forward(1)
+    assert store.get("k").result(WAIT) == b"stays"
+    assert store.compare_and_set("gone", b"brief", b"x").result(WAIT) is False
+    assert store.compare_and_set("gone", None, b"anew").result(WAIT) is True
+    clock.forward(100)
+    assert store.get_many(["gone", "k"]).result(WAIT) == {"gone": b"anew", "k": b"stays"}
+
+
+def test_compare_and_set_is_held_to_the_quota(make: Make) -> None:
+    """A new value that there is no room for is refused, and the old one stays; where nothing is put, there is room."""
+    store = make(max_bytes=10)
+    fill(store, "k", value=b"12345")
+    with pytest.raises(QuotaExceeded, match="11 of 10"):
+        store.compare_and_set("k", b"12345", b"x" * 11).result(WAIT)
+    assert store.compare_and_set("k", b"no", b"x" * 11).result(WAIT) is False
+    assert store.compare_and_set("k", b"12345", b"x" * 10).result(WAIT) is True
+    assert store.storage_used().result(WAIT) == 10
+
+
+def test_compare_and_set_refuses_what_set_refuses(store: KVStore) -> None:
+    """The same keys and values are `Misuse` at the call; a closed store refuses it too."""
+    for bad in ("", "x" * 257, "\ud800", None, b"k"):
+        with pytest.raises(Misuse, match="key"):
+            store.compare_and_set(bad, None, b"x")  # type: ignore[arg-type]
+    for side in ("expected", "new"):
+        values: dict[str, Any] = {"expected": b"", "new": b"", side: "text"}
+        with pytest.raises(Misuse, match=f"{side} must be bytes-like"):
+            store.compare_and_set("k", **values)
+    store.job.close(WAIT)
+    with pytest.raises(Closed):
+        store.compare_and_set("k", None, b"x")
+
+
+def test_of_many_that_compare_at_once_each_counts(store: KVStore) -> None:
+    """Threads that count up by compare-and-set, trying again where another came first, lose no step."""
+    store.set("count", b"0").result(WAIT)
+
+    def count_up(_thread: int) -> None:
+        for _ in range(25):
+            done = False
+            while not done:
+                found = store.get("count").result(WAIT)
+                assert found is not None
+                done = store.compare_and_set("count", found, b"%d" % (int(found) + 1)).result(WAIT)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(count_up, range(4))) == [None] * 4
+    assert store.get("count").result(WAIT) == b"100"

@@ -15,8 +15,8 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").rglob("*.md"))]
-# Pages whose blocks make one whole, and the tests that run them as such.
-AS_A_WHOLE = {"tutorial.md": "test_tutorial.py"}
+# Pages whose blocks make one whole, or are in other languages, and the tests that run them.
+AS_A_WHOLE = {"tutorial.md": "test_tutorial.py", "plugin-abi.md": "test_plugins_guests.py"}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -25,6 +25,7 @@
     lock     11 N rounds (11,000) for one lock, between processes and between threads, whose holders are killed and
              paused: never two inside, tokens grow, who has lost it is refused
     log      records appended and consumed by processes that are killed: no hole, none lost, none done twice
+    plugins  8 threads call 4 plugins, among traps, timeouts, reloads and unloads: every answer right, memory flat
     graph    LangGraph: graphs whose process is killed and resumed, and random operations beside LangGraph's own
     migration  100,000 items each from a diskcache directory and a sqlitedict file, compared one by one
 
@@ -62,6 +63,7 @@ PARTS = {
     "queue": "queues",
     "lock": "locks",
     "log": "logs",
+    "plugins": "plugins",
     "graph": "graphs",
     "migration": "migrations",
 }

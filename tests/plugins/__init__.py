@@ -1,0 +1,1 @@
+"""What the tests of plugins share: guests, and how they are driven."""
