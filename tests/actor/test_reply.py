@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import itertools
 import random
 import threading
 import weakref
@@ -257,28 +258,32 @@ def test_a_loop_that_was_closed_harms_nobody() -> None:
     task.get_coro().close()  # type: ignore[union-attr]
 
 
-def test_ready_replies_give_the_loop_a_turn() -> None:
-    """Awaiting answers that are ready at once never keeps the loop from its other work for long."""
+def test_ready_replies_give_the_loop_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Awaiting answers that are ready at once gives the loop's other work a turn in each millisecond, and no more."""
+    now = 1_000.0
+    monkeypatch.setattr("persistency.actor.reply.monotonic", lambda: now)
 
-    async def main() -> int:
-        turns = 0
+    async def main() -> list[float]:
+        nonlocal now
+        turns: list[float] = []
         busy = True
 
         async def other() -> None:
-            nonlocal turns
             while busy:
-                turns += 1
+                turns.append(now)
                 await asyncio.sleep(0)
 
         task = asyncio.ensure_future(other())
-        end = asyncio.get_running_loop().time() + 0.05
-        while asyncio.get_running_loop().time() < end:
+        for _ in range(1_000):
+            now += 0.0001
             await ready(1)
         busy = False
         await task
         return turns
 
-    assert asyncio.run(main()) >= 10
+    turns = asyncio.run(main())
+    assert 85 <= len(turns) <= 101  # of 100 milliseconds
+    assert max(later - earlier for earlier, later in itertools.pairwise(turns)) < 0.0013
 
 
 def test_callbacks_run_once_in_the_settling_thread_and_may_throw_anything() -> None:
