@@ -153,7 +153,7 @@ def request_cost(place: Path, trace: Trace, name: str) -> None:
     ask = REQUESTS[name]
     keys = [key(number) for number in range(ROWS)]
     with Persistency(place) as persistency:
-        job = persistency.open_job("job")
+        job = persistency.open_job("job", sync_interval=None)
         job.commit([Put("c", k, b"x" * 100) for k in keys]).result()
         with trace.counting():
             for k in keys:
