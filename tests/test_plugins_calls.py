@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import pickle
@@ -30,12 +31,14 @@ from persistency.plugins import (
     Manifest,
     OutOfFuel,
     Plugin,
+    PluginBusy,
     PluginError,
     PluginHost,
     PluginTimeout,
     PluginTrapped,
     WasiGrant,
     abi,
+    linking,
     loading,
 )
 from persistency.plugins.services import host_function
@@ -274,6 +277,43 @@ def test_errors_of_guests_can_be_pickled_and_hold_nothing(plugin: Plugin) -> Non
         assert error.__traceback__ is None
 
 
+@pytest.mark.parametrize("kind", [PluginTimeout, PluginBusy])
+def test_errors_that_are_timeouts_keep_what_they_say(kind: type[CallFailed]) -> None:
+    """As an `OSError` each would take two arguments for an errno and its text, and a third for the name of a file."""
+    error = kind("plugin 'd': too late", "d", *(["interrupt"] if kind is PluginTimeout else []), hint="Wait.")
+    args = ("plugin 'd': too late", "d", *(["interrupt"] if kind is PluginTimeout else []))
+    assert isinstance(error, TimeoutError)
+    for each in (error, pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(each) is kind
+        assert each.args == args
+        assert str(each) == "plugin 'd': too late"
+        assert repr(each) == f"{kind.__name__}{args!r}"
+        assert (each.plugin, each.hint, each.__notes__) == ("d", "Wait.", ["Hint: Wait."])
+        assert getattr(each, "reason", "interrupt") == "interrupt"
+        assert (each.errno, each.strerror, each.filename) == (None, None, None)  # type: ignore[attr-defined]  # an OSError
+
+
+NASTY = "no\x1b[31m red\r\nWARNING of nothing\x07\u202e\x9b"
+
+
+def test_what_a_guest_says_cannot_move_a_terminal_or_fake_a_line(host: PluginHost) -> None:
+    """Its words, the names of its functions, and what wasmtime says of them: each message and note is printable."""
+    name = "".join(f"\\{byte:02x}" for byte in NASTY.encode())
+    more = f"""(func $"{name}" (export "{name}") (param i32 i32) (result i64) unreachable)
+      (import "wasi_snapshot_preview1" "args_sizes_get" (func $sizes (param i32 i32) (result i32)))
+      (func $"x{name}" (export "x{name}") (param i32 i32) (result i64)
+        (drop (call $sizes (i32.const -16) (i32.const 99))) (i64.const 0))"""
+    start = deeds().index(b"(import")
+    code = deeds(more.replace(imported := more[more.index("(import") : more.index('(func $"x')], ""))
+    plugin = host.load(Manifest("own", wasi=WasiGrant()), code[:start] + imported.encode() + code[start:]).result(WAIT)
+    assert NASTY in plugin.functions
+    for function, data in (("says", NASTY.encode()), (NASTY, b""), (f"x{NASTY}", b""), (f"y{NASTY}", b"")):
+        error = failure(plugin, function, data)
+        for text in (str(error), *error.__notes__):
+            assert text.isprintable(), text
+            assert "WARNING of nothing" in text or text.startswith(("Hint: ", "In the guest: "))
+
+
 def test_memory_ends_at_its_limit(plugin: Plugin) -> None:
     """S1: `memory.grow` is refused at the limit; a guest that gives up because of that is told what to raise."""
     error = failure(plugin, "fill")
@@ -375,6 +415,46 @@ def test_a_program_that_exits_is_told(host: PluginHost) -> None:
     assert (error.reason, "exit status 3" in str(error)) == ("exit", True)
 
 
+@pytest.mark.parametrize("where", ["function", "start"])
+def test_a_wild_pointer_passed_to_wasi_is_a_trap(host: PluginHost, where: str) -> None:
+    """Wasmtime's own functions stop the guest then, and don't answer; it is no question of the host's limits."""
+    guest = """(module (import "wasi_snapshot_preview1" "args_sizes_get" (func $sizes (param i32 i32) (result i32)))
+      (memory (export "memory") 1) (func (export "alloc") (param i32) (result i32) (i32.const 8))
+      (func $wild (drop (call $sizes (i32.const -16) (i32.const 96)))) START
+      (func (export "run") (param i32 i32) (result i64) (call $wild) (i64.const 0)))"""
+    code = guest.replace("START", "(start $wild)" if where == "start" else "")
+    plugin = host.load(Manifest("wild", wasi=WasiGrant()), code.encode()).result(WAIT)
+    error = failure(plugin, "run")
+    assert (type(error), error.reason) == (PluginTrapped, "host_function")
+    assert "Pointer out of bounds" in str(error)
+    assert "wild" in str(error)
+    assert plugin.statistics().trapped == 1
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_a_call_asks_only_for_the_exports_it_needs(
+    host: PluginHost, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wasmtime's own Python goes over all of them, which takes long where there are many; without the other way it's
+    that one.
+    """
+    assert linking._ONE_BY_ONE
+    asked: list[object] = []
+    exports = wasmtime.Instance.exports
+
+    def counted(instance: wasmtime.Instance, store: Any) -> Any:
+        asked.append(instance)
+        return exports(instance, store)
+
+    monkeypatch.setattr(wasmtime.Instance, "exports", counted)
+    monkeypatch.setattr(linking, "_ONE_BY_ONE", one_by_one)
+    more = "".join(f'(func (export "Ä{number}") (param i32 i32) (result i64) (i64.const 0))' for number in range(900))
+    plugin = loaded(host, deeds(more + '(func (export "_initialize"))'))
+    assert called(plugin, "echo", b"1") == b"1"
+    assert called(plugin, "Ä899") == b""
+    assert (not asked) is one_by_one
+
+
 # -- the host's own failures, and wasmtime's one exception -------------------------------------------------------------
 
 
@@ -446,6 +526,40 @@ def test_plugins_that_fail_at_the_same_time_get_their_own_errors(host: PluginHos
         thread.join()
     assert not wrong, (SEED, wrong[:3])
     assert sum(each.statistics().failed for each in plugins.values()) == 4_000
+
+
+def test_traps_beside_calls_that_run_out_of_time_get_their_own_errors(host: PluginHost) -> None:
+    """Two threads whose guests are stopped for their time, in loops over host functions and without; two whose guests
+    trap meanwhile: wasmtime keeps one exception for all of them.
+    """
+    ways = {"trap": "unreachable", "divide": "integer_division_by_zero", "ask": "interrupt", "spin": "interrupt"}
+    plugins = {name: host.load({"id": name}, DEEDS).result(WAIT) for name in ways}
+    found: dict[str, set[tuple[type, str]]] = {name: set() for name in ways}
+    stop = threading.Event()
+
+    def time_out(name: str) -> None:
+        for _ in range(25):
+            error = stopped(plugins[name], name, within=0.02)
+            found[name].add((type(error), error.reason))
+
+    def trap(name: str) -> None:
+        while not stop.is_set():
+            error = failure(plugins[name], name)
+            found[name].add((type(error), error.reason))
+
+    late = [threading.Thread(target=time_out, args=(name,)) for name in ("ask", "spin")]
+    trapping = [threading.Thread(target=trap, args=(name,)) for name in ("trap", "divide")]
+    for thread in (*late, *trapping):
+        thread.start()
+    for thread in late:
+        thread.join()
+    stop.set()
+    for thread in trapping:
+        thread.join()
+    assert found == {
+        name: {(PluginTimeout if reason == "interrupt" else PluginTrapped, reason)} for name, reason in ways.items()
+    }
+    assert all(plugin.statistics().failed for plugin in plugins.values())
 
 
 # -- nothing is left --------------------------------------------------------------------------------------------------

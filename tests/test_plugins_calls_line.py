@@ -388,6 +388,7 @@ def test_without_threads_a_call_fails_and_the_next_one_does_not(
     error = get(plugin).exception(WAIT)
     assert isinstance(error, PluginBusy)
     assert isinstance(error.__cause__, RuntimeError)
+    assert plugin.statistics() == PluginStatistics(calls=2, answered=1, busy=1)
     monkeypatch.undo()
     assert get(plugin).result(WAIT) == b""
 

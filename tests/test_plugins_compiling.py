@@ -28,6 +28,7 @@ from wasmtime import Config, Engine, Instance, Module, Store, Trap, TrapCode, Wa
 
 from persistency.plugins import compiling, engines
 from persistency.plugins.compiling import WASM_BYTES_MAX, Compiled, Compiler
+from persistency.plugins.compiling_process import Native
 from persistency.plugins.engines import Engines
 
 WAIT = 60.0
@@ -62,7 +63,7 @@ class Making:
         self.fails: list[BaseException] = []
         self.engines = Engines()
 
-    def __call__(self, binary: bytes, *, fuel: bool, **limits: Any) -> bytes:
+    def __call__(self, code: bytes, *, fuel: bool, **limits: Any) -> Native:
         with self.lock:
             self.made += 1
             self.running += 1
@@ -74,7 +75,7 @@ class Making:
             self.running -= 1
         if error is not None:
             raise error
-        return bytes(Module(self.engines.engine(fuel), binary).serialize())
+        return Native(b"", bytes(Module(self.engines.engine(fuel), code).serialize()))
 
 
 @pytest.fixture
@@ -674,7 +675,7 @@ def test_a_damaged_entry_is_told_compiled_again_and_replaced(tmp_path: Path, cap
     assert (again.compiled, again.from_cache) == (0, 1)
 
 
-@pytest.mark.parametrize("foreign", ["other settings", "garbage", "nothing"])
+@pytest.mark.parametrize("foreign", ["other settings", "garbage", "nothing", "no module"])
 def test_code_that_wasmtime_refuses_is_compiled_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, foreign: str
 ) -> None:
@@ -685,9 +686,10 @@ def test_code_that_wasmtime_refuses_is_compiled_again(
     config.cranelift_opt_level = "none"
     config.epoch_interruption = False
     data = {
-        "other settings": bytes(Module(Engine(config), BINARY).serialize()),
+        "other settings": Native(b"", bytes(Module(Engine(config), BINARY).serialize())).packed(),
         "garbage": b"native code" * 1_000,
         "nothing": b"",
+        "no module": Native(b"x", b"").packed(),
     }[foreign]
     name = compiling.hashlib.sha256(BINARY).hexdigest() + "-" + compiler.engines.fingerprint(False)
     assert compiler._cache is not None

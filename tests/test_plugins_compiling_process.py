@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from wasmtime import Module, WasmtimeError, wat2wasm
 
 from persistency.plugins import LoadFailed, PluginHost, compiling_process
 from persistency.plugins.compiling import COMPILE_BYTES_MAX, Compiler
-from persistency.plugins.compiling_process import Children, compile_apart
+from persistency.plugins.compiling_process import OUTLINE_BYTES_MAX, Children, Native, compile_apart
 from persistency.plugins.engines import Engines
+from persistency.plugins.shape import shape_of
 
 WAIT = 120.0
 GOOD = b"""(module (memory (export "memory") 1)
@@ -110,16 +112,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
         assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def apart(binary: bytes, **other: Any) -> bytes:
+def apart(code: bytes, **other: Any) -> Native:
     """Compile with the limits that a host has, or others."""
     limits = {"fuel": False, "seconds": WAIT, "memory_bytes": COMPILE_BYTES_MAX, **other}
-    return compile_apart(binary, **limits)
+    return compile_apart(code, **limits)
 
 
 @pytest.mark.parametrize("fuel", [False, True])
 def test_the_child_gives_what_this_process_would_have_made(started: Started, fuel: bool) -> None:
     """It has the same settings: the engine here takes the code, the other engine doesn't."""
-    data = apart(BINARY, fuel=fuel)
+    data = apart(BINARY, fuel=fuel).module
     module = Module.deserialize(Engines().engine(fuel), data)
     assert [export.name for export in module.exports] == ["memory", "alloc", "echo"]
     with pytest.raises(WasmtimeError):
@@ -193,6 +195,71 @@ def test_the_host_and_its_other_plugins_outlive_both_bombs(started: Started) -> 
     assert len(started.children) == 4
 
 
+def text_bomb() -> bytes:
+    """Give 16 MB of text, short for millions of values on the stack, that take gigabytes to translate."""
+    return b"(module (func (local " + b"i32 " * 4_000_000 + b")))"
+
+
+def test_text_is_translated_in_the_child(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole modules, and those that take too much memory for that alone: this process looks at none."""
+    assert apart(GOOD).outline == apart(BINARY).outline
+    with pytest.raises(ValueError, match="needs more than 536870912 bytes of memory to compile"):
+        apart(text_bomb(), memory_bytes=512 * 1_048_576)
+    monkeypatch.setattr(compiling_process, "wat2wasm", pytest.fail)
+    compiler = Compiler(None, 1, None)
+    assert compiler.compile(GOOD, fuel=False).module.exports
+    assert len(started.children) == 4
+
+
+def test_nothing_else_translates_text() -> None:
+    """Of all modules of the package: a load would do in this process what the child is there for."""
+    package = Path(compiling_process.__file__).parent
+    assert [path.stem for path in package.glob("*.py") if "wat2wasm" in path.read_text()] == ["compiling_process"]
+
+
+def test_the_outline_is_all_that_is_said_of_a_module(started: Started) -> None:
+    """Without code, data and names, whichever format it came in; it is what the shape is read off."""
+    text = b"""(module (type (func (param v128))) (import "a" "b" (func $f (param i32))) (memory (export "m") 3)
+      (table funcref (elem $f)) (global i32 (i32.const 1)) (data (i32.const 0) "secret") (@custom "c" "custom")
+      (func (export "g") (result i64) (i64.const 1)) (func (export "h") (type 0)))"""
+    whole = bytes(wat2wasm(text.decode()))
+    for code in (text, whole, whole + section(0, b"\1x" + bytes(3 * OUTLINE_BYTES_MAX))):
+        outline = apart(code).outline
+        assert shape_of(outline) == shape_of(whole)
+        assert len(outline) < len(whole)
+        assert b"secret" not in outline
+        assert b"custom" not in outline
+
+
+def test_code_with_too_much_to_list_is_refused(started: Started) -> None:
+    """Sixty thousand types of a thousand parameters would take this process many seconds to read."""
+    types = b"\x60" + leb(1_000) + b"\x7f" * 1_000 + b"\0"
+    for count, is_fine in ((1_000, True), (1_100, False)):
+        code = b"\0asm\1\0\0\0" + section(1, leb(count) + types * count)
+        if is_fine:
+            assert len(apart(code).outline) == len(code)
+            continue
+        with pytest.raises(ValueError, match=f"take {len(code)} bytes to list, at most {OUTLINE_BYTES_MAX} are"):
+            apart(code)
+
+
+def test_native_code_is_packed_and_unpacked() -> None:
+    """And anything else becomes what is no module."""
+    for native in (Native(b"", b""), Native(b"outline", b""), Native(b"", b"module"), Native(b"outline", b"module")):
+        assert Native.unpacked(native.packed()) == native
+    assert {Native.unpacked(data).module for data in (b"", b"x", bytes(8), b"\x7fELF" * 9)} == {b""}
+
+
+def test_what_is_said_of_a_text_cannot_move_a_terminal(started: Started) -> None:
+    """Wasmtime quotes the line that it finds wrong."""
+    for code in ("(module (\x1b[31mred\r\x9b\u202e)", '(module (func $"\x1b[31m") (func $"\x1b[31m"))'):
+        with pytest.raises(WasmtimeError) as caught:
+            apart(code.encode())
+        said = str(caught.value)
+        assert said.replace("\n", "").isprintable()
+        assert "\\x1b[31m" in said
+
+
 def test_a_child_that_somebody_else_kills_is_told(started: Started) -> None:
     """With the signal; the same code is compiled by the next one."""
     with Persistency(":memory:") as p, PluginHost(p) as host:
@@ -241,7 +308,7 @@ def test_many_are_compiled_at_once(started: Started) -> None:
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(apart, codes))
     engine = Engines().engine(False)
-    names = [Module.deserialize(engine, data).exports[0].name for data in made]
+    names = [Module.deserialize(engine, each.module).exports[0].name for each in made]
     assert names == [f"f{number}" for number in range(8)]
 
 
@@ -317,7 +384,7 @@ def test_the_environment_and_open_files_stay_here(monkeypatch: pytest.MonkeyPatc
 def test_an_answer_that_is_not_whole_is_none(said: bytes) -> None:
     """However the child ended: where signals of children are ignored its status isn't known."""
     if said == b"M" + bytes(8):
-        assert compiling_process._understood(said, "", 0, 1.0, 1) == b""
+        assert compiling_process._understood(said, "", 0, 1.0, 1) == (b"", b"")
         return
     with pytest.raises(ChildProcessError, match="ended with status 0: odd"):
         compiling_process._understood(said, "odd", 0, 1.0, 1)

@@ -14,10 +14,24 @@ import pytest
 pytest.importorskip("wasmtime", reason="needs the extra plugins")
 
 from persistency import Persistency
-from persistency.plugins import BadAnswer, CallFailed, KVGrant, Limits, Manifest, Plugin, PluginHost, PluginTrapped, abi
-from persistency.plugins.compiling import WASM_BYTES_MAX
+from persistency.plugins import (
+    BadAnswer,
+    CallFailed,
+    KVGrant,
+    Limits,
+    Manifest,
+    Plugin,
+    PluginHost,
+    PluginTrapped,
+    abi,
+    calling,
+    linking,
+    wasi,
+)
+from persistency.plugins.compiling import COMPILE_BYTES_MAX, WASM_BYTES_MAX
+from persistency.plugins.compiling_process import OUTLINE_BYTES_MAX
 from persistency.plugins.context import TEXT_BYTES_MAX
-from persistency.plugins.engines import _SETTINGS
+from persistency.plugins.engines import _SETTINGS, STACK_BYTES_MAX
 from tests.compilers import EXAMPLES, NO_C, OPTIONS, c_compiler, compiled
 
 PAGE = Path(__file__).parent.parent / "docs" / "plugin-abi.md"
@@ -97,9 +111,30 @@ def test_the_page_has_the_other_numbers() -> None:
     assert f"`fail` have at most {TEXT_BYTES_MAX} bytes" in PROSE
     assert f"of 1 to {KVGrant().max_key_bytes} bytes" in PROSE
     assert f"The code is at most {WASM_BYTES_MAX // 2**20} MiB" in PROSE
+    assert f"how many keys there are, {KVGrant().max_keys:,} unless it says otherwise" in PROSE
     exports = {row[0].strip("`") for row in table(section("What a plugin exports"), 3)}
     assert exports == {"export", *abi.RESERVED, "any other name"} - {"_start"}
     assert "`_start`, which isn't called" in PROSE
+
+
+def test_the_page_has_the_limits_of_a_module_and_of_wasi() -> None:
+    """Each number is the one that the code has."""
+    rows = {name: said for name, said in table(section("What a module may be made of"), 2) if name.strip("-|")}
+    assert rows.pop("of a module") == "at most"
+    limits = {name: [int(each.replace(",", "")) for each in re.findall(r"[\d,]+", said)] for name, said in rows.items()}
+    assert limits == {
+        "imports; exports": [linking.IMPORTS_MAX],
+        "names of exports": [linking.NAMES_CHARACTERS_MAX],
+        "types, functions, imports and exports, as the binary format lists them": [OUTLINE_BYTES_MAX // 2**20],
+        "tables": [calling.TABLES_MAX, calling.TABLE_ELEMENTS_MAX],
+        "its stack, for what WebAssembly itself keeps there": [STACK_BYTES_MAX // 1024],
+    }
+    assert linking.EXPORTS_MAX == linking.IMPORTS_MAX
+    assert f"`compile_timeout` and {COMPILE_BYTES_MAX // 2**30} GiB of address space" in PROSE
+    assert f"A call has {wasi.LINES_PER_CALL_MAX} lines, of {wasi.LINE_BYTES_MAX} bytes each" in PROSE
+    assert f"takes {wasi._WRITE_BYTES_MAX:,} bytes at most" in PROSE
+    assert PROSE.count(f"Over {wasi._BUFFERS_MAX} ") == 2
+    assert f"answer INTR ({wasi._INTR})" in PROSE
 
 
 def test_the_page_shows_lists_as_they_are() -> None:

@@ -20,16 +20,19 @@ pytest.importorskip("wasmtime", reason="needs the extra plugins")
 import wasmtime
 
 from persistency.plugins import (
+    FunctionNotFound,
     KVGrant,
     Limits,
     LoadFailed,
     Manifest,
     PermissionDenied,
     Plugin,
+    PluginError,
     PluginHost,
     PluginNotFound,
     WasiGrant,
     abi,
+    crew,
 )
 from persistency.plugins.shape import shape_of
 from tests.loops import InLoop, in_loop
@@ -183,6 +186,40 @@ def test_a_file_that_cannot_be_read_is_told(host: PluginHost, tmp_path: Path) ->
     assert host.load({"id": "late"}, path).result(WAIT).id == "late"
 
 
+def test_a_host_function_that_is_handed_on_cannot_be_called(host: PluginHost) -> None:
+    """Nothing of the plugin's would run: it isn't among its functions, and is no `alloc`."""
+    asks = imported("persistency", "last_error").replace("(func", "(func $ask")
+    on = '(export "on" (func $ask))'
+    plugin = host.load({"id": "on"}, module(asks, MEMORY, ALLOC, RUN, on)).result(WAIT)
+    assert plugin.functions == ("run",)
+    assert type(plugin.call("on").exception(WAIT)) is FunctionNotFound
+    assert plugin.call("run").result(WAIT) == b""
+    assert host.load({"id": "on"}, module(asks, MEMORY, on)).result(WAIT).functions == ()
+    syncs = '(func (export "alloc") (import "wasi_snapshot_preview1" "fd_sync") (param i32) (result i32))'
+    error = host.load(Manifest("syncs", wasi=WasiGrant()), module(syncs, MEMORY, RUN)).exception(WAIT)
+    assert type(error) is LoadFailed
+    assert "its export 'alloc' is a function it imports" in str(error)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b'(module (memory (export "a\\1b[31m\\0d\\0a") 1) (export "a\\1b[31m\\0d\\0a" (memory 0)))',
+        '(module (memory (export "a\x1b[31m\u202e\x85 WARNING'.encode(),
+        b"(module\n  (memory 1)\n  (nothing \x1b[2J))",
+    ],
+)
+def test_what_wasmtime_says_of_code_is_one_printable_line(
+    host: PluginHost, code: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It quotes names and whole lines of the code."""
+    error = host.load({"id": "loud"}, code).exception(WAIT)
+    assert type(error) is LoadFailed
+    assert "couldn't be compiled: " in str(error)
+    assert str(error).isprintable()
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
 @pytest.mark.parametrize("where", ["(func", "(import"])
 def test_functions_of_vectors_do_no_harm(host: PluginHost, where: str) -> None:
     """A C interface of wasmtime's would end the process if it was asked for the parameters of one."""
@@ -329,6 +366,72 @@ def test_a_failed_load_is_told_to_all_who_wait_and_can_be_tried_again(host: Plug
     assert host.load({"id": "x"}, DEEDS).result(WAIT).functions
 
 
+def test_a_callback_of_a_load_may_wait_for_another_load(p: Persistency, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as may be on their way at once, and more: who is told has given its place back."""
+    told = threading.Semaphore(0)
+    others: list[str] = []
+    with PluginHost(p, compiles_max=1) as host:
+        gate, compile_it = threading.Event(), host.compiler.compile
+
+        def slow(wasm: bytes, *, fuel: bool) -> Any:
+            assert gate.wait(WAIT)
+            return compile_it(wasm, fuel=fuel)
+
+        def load_another(reply: Any) -> None:
+            others.append(host.load({"id": f"after {reply.result().id}"}, DEEDS).result(WAIT).id)
+            told.release()
+
+        monkeypatch.setattr(host.compiler, "compile", slow)
+        for number in range(6):
+            host.load({"id": str(number)}, DEEDS).add_done_callback(load_another)
+        gate.set()
+        assert all(told.acquire(timeout=WAIT) for _ in range(6))
+    assert sorted(others) == [f"after {number}" for number in range(6)]
+
+
+def test_without_threads_a_load_fails_in_its_reply(p: Persistency, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an unload does; nothing is left of either, and both can be tried again."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "persistency-plugins":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def without_threads() -> None:
+        monkeypatch.setattr(crew, "_IDLE_S", 0.0)
+        host.crew.end()
+        while host.crew._threads:
+            threading.Event().wait(0.001)
+        monkeypatch.setattr(threading.Thread, "start", refused)
+
+    with PluginHost(p) as host:
+        without_threads()
+        error = host.load({"id": "d"}, DEEDS).exception(WAIT)
+        assert type(error) is LoadFailed
+        assert "no thread could be started" in str(error)
+        assert isinstance(error.__cause__, RuntimeError)
+        with pytest.raises(PluginNotFound):
+            host.ready("d")
+        monkeypatch.undo()
+        plugin = host.load({"id": "d"}, DEEDS).result(WAIT)
+        without_threads()
+        error = host.unload("d").exception(WAIT)
+        assert isinstance(error, PluginError)
+        assert isinstance(error.__cause__, RuntimeError)
+        assert plugin.closed
+        monkeypatch.undo()
+        again = host.load({"id": "d"}, DEEDS).result(WAIT)
+        assert again is not plugin
+        assert again.call("echo", b"1").result(WAIT) == b"1"
+        assert host._loads.numbers()[:2] == (0, 0)
+        without_threads()
+        again.unload().exception(WAIT)
+        monkeypatch.undo()
+        again.unload().result(WAIT)
+        assert "d" not in host
+
+
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 
@@ -367,6 +470,48 @@ def test_waiting_for_a_load_has_a_timeout(host: PluginHost, monkeypatch: pytest.
     assert "slow" not in host
     gate.set()
     assert reply.result(WAIT) is host.plugin("slow")
+
+
+def test_ready_gives_the_load_on_its_way_whatever_comes_after_it(
+    host: PluginHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1-24, S1-26: an unload behind the load or before it changes nothing."""
+    gate, compile_it = threading.Event(), host.compiler.compile
+
+    def slow(wasm: bytes, *, fuel: bool) -> Any:
+        assert gate.wait(WAIT)
+        return compile_it(wasm, fuel=fuel)
+
+    monkeypatch.setattr(host.compiler, "compile", slow)
+    first = host.load({"id": "d"}, DEEDS)
+    gone = host.unload("d")
+    ready = host.ready("d")
+    assert not ready.done()
+    second = host.load({"id": "d"}, DEEDS)
+    after = host.ready("d")
+    gate.set()
+    assert ready.result(WAIT) is first.result(WAIT)
+    gone.result(WAIT)
+    assert after.result(WAIT) is second.result(WAIT) is host.plugin("d")
+    assert first.result(WAIT) is not second.result(WAIT)
+
+
+def test_ready_of_a_host_that_is_closed_or_closing_raises_closed(p: Persistency) -> None:
+    """And not that there is no such plugin."""
+    host = PluginHost(p)
+    plugin = host.load(Manifest("keeper", kvstore=KVGrant()), KEEPER).result(WAIT)
+    with held(plugin):
+        reply = plugin.call("get", b"key")
+        until(plugin, lambda now: now.running == 1)
+        with pytest.raises(TimeoutError):
+            host.close(timeout=0)
+        for name in ("keeper", "nobody"):
+            with pytest.raises(Closed):
+                host.ready(name)
+    assert reply.result(WAIT) == b""
+    host.close(WAIT)
+    with pytest.raises(Closed):
+        host.ready("keeper")
 
 
 def test_loading_is_awaited_in_any_loop(p: Persistency, in_loop: InLoop) -> None:
@@ -470,6 +615,24 @@ def test_another_quota_waits_for_calls_that_run(host: PluginHost) -> None:
     assert plugin.store.storage_used().result(WAIT) == 5
 
 
+def test_a_load_that_waits_for_calls_keeps_no_other_from_loading(p: Persistency) -> None:
+    """Two are all that may be on their way; both wait for calls that run, and a third is loaded meanwhile."""
+    with PluginHost(p, compiles_max=1) as host:
+        one, other = (host.load(Manifest(name, kvstore=KVGrant()), KEEPER).result(WAIT) for name in ("one", "other"))
+        with held(one), held(other):
+            running = [plugin.call("get", b"key") for plugin in (one, other)]
+            for plugin in (one, other):
+                until(plugin, lambda now: now.running == 1)
+            waiting = [host.load({"id": plugin.id}, DEEDS) for plugin in (one, other)]
+            while not (one._line._paused and other._line._paused):
+                threading.Event().wait(0.001)
+            assert host.load({"id": "third"}, DEEDS).result(WAIT).id == "third"
+            assert not any(reply.done() for reply in waiting)
+        assert [reply.result(WAIT) for reply in running] == [b"", b""]
+        assert [reply.result(WAIT) for reply in waiting] == [one, other]
+        assert host._loads.numbers()[:2] == (0, 0)
+
+
 def test_a_quota_that_cannot_be_had_leaves_the_old_one(p: Persistency, host: PluginHost) -> None:
     """Somebody else has the job open with its quota: the load fails, and the plugin goes on as it was."""
     manifest = Manifest("k", kvstore=KVGrant(max_bytes=10))
@@ -518,6 +681,42 @@ def test_ids_of_every_kind_have_a_store(host: PluginHost) -> None:
         assert plugin.call("get", b"k").result(WAIT) == b""
         assert plugin.store is not None
         assert plugin.store.job.id == f"plugins/{name}"
+
+
+# -- what is looked at -------------------------------------------------------------------------------------------------
+
+
+def test_a_tick_looks_only_at_plugins_in_whose_line_somebody_waits(
+    p: Persistency, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of idle plugins cost it nothing."""
+    looked: list[str] = []
+    look = Plugin._look
+
+    def counted(plugin: Plugin, now: float) -> bool:
+        looked.append(plugin.id)
+        return look(plugin, now)
+
+    monkeypatch.setattr(Plugin, "_look", counted)
+    with PluginHost(p, calls_max=1, calls_wait=None) as host:
+        for number in range(20):
+            host.load({"id": f"idle{number}"}, DEEDS).result(WAIT).call("echo").result(WAIT)
+        keeper = host.load(Manifest("keeper", kvstore=KVGrant()), KEEPER).result(WAIT)
+        with held(keeper):
+            replies = [keeper.call("get", b"key")]
+            until(keeper, lambda now: now.running == 1)
+            host._look(0.0)
+            assert looked == []
+            replies.append(keeper.call("get", b"key"))
+            until(keeper, lambda now: now.waiting == 1)
+            while not host.lined_up:
+                threading.Event().wait(0.001)
+            host._look(0.0)
+            assert set(looked) == {"keeper"}
+            assert host.lined_up == {keeper}
+        assert [reply.result(WAIT) for reply in replies] == [b"", b""]
+        host._look(0.0)
+        assert host.lined_up == set()
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------

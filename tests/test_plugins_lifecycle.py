@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from persistency import Closed, Misuse, Persistency, Reply
 
 pytest.importorskip("wasmtime", reason="needs the extra plugins")
 
-from persistency.plugins import KVGrant, Manifest, Plugin, PluginHost, PluginNotFound, loading
+from persistency.plugins import KVGrant, Manifest, Plugin, PluginHost, PluginNotFound, PluginStatistics, crew, loading
+from persistency.plugins import host as host_module
 from persistency.plugins.services import host_function
 from tests.crash.running import PROJECT
 from tests.loops import InLoop, in_loop
@@ -104,6 +107,88 @@ def test_an_old_handle_unloads_nothing_new(host: PluginHost, keeper: Plugin) -> 
     keeper.unload().result(WAIT)
     assert not new.closed
     assert get(new).result(WAIT) == b""
+
+
+def test_a_handle_of_another_host_is_refused(p: Persistency, host: PluginHost) -> None:
+    """It isn't taken for one that was unloaded before, and neither plugin of that id is."""
+    mine = host.load({"id": "d"}, DEEDS).result(WAIT)
+    with PluginHost(p) as other:
+        theirs = other.load({"id": "d"}, DEEDS).result(WAIT)
+        with pytest.raises(Misuse, match="another host's"):
+            host.unload(theirs)
+        for plugin in (mine, theirs):
+            assert plugin.call("echo", b"1").result(WAIT) == b"1"
+
+
+def test_late_calls_are_refused_and_counted_once(host: PluginHost, keeper: Plugin) -> None:
+    """Those in line are told once, and counted; those that come later are refused at the call, and aren't."""
+    told: list[int] = []
+
+    def late() -> None:
+        for _ in range(5):
+            with pytest.raises(Closed):
+                get(keeper)
+
+    with held(keeper):
+        running = get(keeper)
+        until(keeper, lambda now: now.running == 1)
+        waiting = [get(keeper) for _ in range(20)]
+        until(keeper, lambda now: now.waiting == 20)
+        for number, reply in enumerate(waiting):
+            reply.add_done_callback(lambda _, number=number: told.append(number))
+        replies = [keeper.unload(), host.unload("keeper"), host.unload(keeper)]
+        late()
+        assert all(isinstance(reply.exception(WAIT), Closed) for reply in waiting)
+        assert keeper.statistics() == PluginStatistics(calls=21, running=1, withdrawn=20)
+    assert running.result(WAIT) == b""
+    for reply in replies:
+        reply.result(WAIT)
+    late()
+    assert keeper.statistics() == PluginStatistics(calls=21, answered=1, withdrawn=20)
+    assert sorted(told) == list(range(20))
+
+
+def test_a_call_on_its_way_to_the_line_when_that_is_shut_is_refused_and_counted_once(
+    host: PluginHost, keeper: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was accepted, and no thread has looked at it yet."""
+    run, late = host.crew.run, list[Any]()
+    monkeypatch.setattr(host.crew, "run", late.append)
+    reply = get(keeper)
+    monkeypatch.undo()
+    keeper.unload().result(WAIT)
+    assert not reply.done()
+    run(*late)
+    assert isinstance(reply.exception(WAIT), Closed)
+    assert keeper.statistics() == PluginStatistics(calls=1, withdrawn=1)
+
+
+@pytest.mark.parametrize("end", ["unload", "close"])
+def test_each_call_that_comes_at_the_end_is_answered_or_refused_once(p: Persistency, end: str) -> None:
+    """Four threads call while the plugin goes: what has a reply is counted under what that says, and nothing else."""
+    with PluginHost(p, calls_max=2, calls_wait=None) as host:
+        plugin = host.load({"id": "d"}, DEEDS).result(WAIT)
+        replies: list[Reply[bytes]] = []
+
+        def on_and_on() -> None:
+            with suppress(Closed):
+                while True:
+                    replies.append(plugin.call("echo", b"1"))
+                    replies[-1].exception(WAIT)
+
+        callers = [threading.Thread(target=on_and_on) for _ in range(4)]
+        for thread in callers:
+            thread.start()
+        until(plugin, lambda now: now.answered > 20)
+        host.unload("d").result(WAIT) if end == "unload" else host.close(WAIT)
+        for thread in callers:
+            thread.join()
+        errors = [reply.exception(WAIT) for reply in replies]
+        assert {type(error) for error in errors} <= {type(None), Closed}
+        now = plugin.statistics()
+        assert now == PluginStatistics(
+            calls=len(replies), answered=errors.count(None), withdrawn=len(errors) - errors.count(None)
+        )
 
 
 def test_what_a_plugin_kept_is_there_again(host: PluginHost, keeper: Plugin) -> None:
@@ -246,16 +331,39 @@ def test_hosts_cannot_be_copied_or_sent(host: PluginHost) -> None:
         pickle.dumps(host)
 
 
-def test_threads_have_stack_enough(p: Persistency) -> None:
-    """A service that has made its threads' stacks small doesn't make guests crash; its setting stays."""
-    before = threading.stack_size(256 * 1024)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_threads_have_stack_enough(p: Persistency, when: str) -> None:
+    """A service that makes its threads' stacks small, sooner or later, doesn't make guests crash; its setting stays."""
+    before = threading.stack_size(256 * 1024 if when == "before" else 0)
     try:
         with PluginHost(p) as host:
+            threading.stack_size(256 * 1024)
             plugin = host.load({"id": "d"}, DEEDS).result(WAIT)
             assert plugin.call("deep").exception(WAIT).reason == "stack_overflow"  # type: ignore[union-attr]  # it fails
         for thread in threads():
             thread.join(WAIT)
         assert threading.stack_size() == 256 * 1024
+    finally:
+        threading.stack_size(before)
+
+
+def test_a_stack_size_that_is_set_while_a_thread_starts_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one for the whole process: what another thread says in the middle of that isn't undone."""
+    start = threading.Thread.start
+    before = threading.stack_size(256 * 1024)
+
+    def setting(thread: threading.Thread) -> None:
+        threading.stack_size(512 * 1024)
+        start(thread)
+
+    try:
+        monkeypatch.setattr(threading.Thread, "start", setting)
+        done, own = threading.Event(), crew.Crew("a crew of a test")
+        own.run(crew.Do(done.set))
+        monkeypatch.undo()
+        assert done.wait(WAIT)
+        own.end()
+        assert threading.stack_size(256 * 1024) == 512 * 1024
     finally:
         threading.stack_size(before)
 
@@ -344,6 +452,107 @@ def test_a_process_ends_with_guests_at_work(end: str, tmp_path: Path) -> None:
     assert "Fatal" not in done.stderr
     assert "panicked" not in done.stderr
     assert end != "with hooks that come later" or done.stdout == "closed\nclosed\n"
+
+
+def test_a_host_that_is_made_at_the_very_end_is_refused(tmp_path: Path) -> None:
+    """Nobody would stop its guests any more; one that is found in the middle of being made isn't missed either."""
+    program = """
+def late():
+    try:
+        PluginHost(p)
+    except Closed:
+        print('closed')
+from persistency.plugins import host as module
+atexit.unregister(module._at_exit)
+atexit.register(late)
+atexit.register(module._at_exit)
+"""
+    done = run(program, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")
+
+
+def test_an_interrupt_of_the_end_ends_only_its_first_attempt(tmp_path: Path) -> None:
+    """Guests are stopped by the second one."""
+    program = """
+from persistency.plugins import host as module
+stop, calls = module.PluginHost._stop, []
+def interrupted(host):
+    calls.append(host)
+    if len(calls) == 1:
+        raise KeyboardInterrupt
+    stop(host)
+    print('stopped')
+module.PluginHost._stop = interrupted
+busy('spin', 'ask')
+"""
+    done = run(program, tmp_path)
+    assert done.stdout == "stopped\n"
+    assert "Fatal" not in done.stderr
+
+
+def test_a_host_made_while_others_are_found_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set they are in changes then; the hooks at the process's end and at a fork ask again."""
+
+    class Growing(list[int]):
+        tries = 0
+
+        def __iter__(self) -> Iterator[int]:
+            self.tries += 1
+            if self.tries == 1:
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    monkeypatch.setattr(host_module, "_hosts", Growing([1, 2]))
+    assert host_module._all_hosts() == [1, 2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_small_limit_on_stacks_does_not_make_guests_crash(tmp_path: Path) -> None:
+    """`ulimit -s 256`: that is then what a thread gets that says nothing, and a guest alone may take as much."""
+    program = """
+print(plugin.call("deep").exception(WAIT).reason)
+"""
+    limited = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_STACK, (256 * 1024,) * 2);"
+        "os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, HEAD + program, str(tmp_path)],
+        cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    print(done.stderr)
+    assert (done.returncode, done.stdout) == (0, "stack_overflow\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_frees_nothing_of_its_parents(tmp_path: Path) -> None:
+    """Wasmtime takes a lock for that, which another thread may have had: neither when all is dropped nor at the end."""
+    program = """
+import gc, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+import wasmtime
+closed = PluginHost(p)
+unloaded = closed.load({"id": "other"}, DEEDS).result(WAIT)
+closed.close()
+dropped = PluginHost(p).load({"id": "dropped"}, DEEDS).result(WAIT)
+replies = busy("ask", "spin")
+sys.stdout.flush()
+pid = os.fork()
+if pid == 0:
+    def freed(self, pointer, write=os.write):
+        write(1, b"freed ")
+        write(1, type(self).__name__.encode())
+    for kind in (wasmtime.Engine, wasmtime.Module, wasmtime.Store, wasmtime.Linker, wasmtime._instance_pre.InstancePre):
+        assert "_delete" in vars(kind)
+        kind._delete = freed
+    del host, plugin, replies, closed, unloaded, dropped, p
+    gc.collect()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+print("end")
+"""
+    done = run(program, tmp_path / "data")
+    assert (done.returncode, done.stdout) == (0, "end\n")
 
 
 @pytest.mark.parametrize("at", ["idle", "busy"])

@@ -27,7 +27,8 @@ WHOLE = {
     "id": "weather",
     "permissions": {
         "kvstore": {
-            "reason": "forecasts", "max_size": "1MB", "max_key_bytes": 100, "prefix": "w:", "read_only": True,
+            "reason": "forecasts", "max_size": "1MB", "max_keys": 50, "max_key_bytes": 100, "prefix": "w:",
+            "read_only": True,
         },
         "wasi": {"reason": "the time"},
     },
@@ -35,7 +36,7 @@ WHOLE = {
 }  # fmt: skip
 MADE = Manifest(
     "weather",
-    KVGrant("forecasts", max_bytes=1_000_000, max_key_bytes=100, prefix="w:", read_only=True),
+    KVGrant("forecasts", max_bytes=1_000_000, max_keys=50, max_key_bytes=100, prefix="w:", read_only=True),
     WasiGrant("the time"),
     Limits(16_000_000, 1_000_000, 5.0),
 )
@@ -90,7 +91,9 @@ def test_what_is_left_out_is_the_default() -> None:
     assert bare == Manifest.of({"id": "a", "permissions": {}, "limits": {}}) == Manifest("a")
     assert (bare.kvstore, bare.wasi) == (None, None)
     assert bare.limits == Limits(memory_bytes=67_108_864, fuel=None, timeout=None)
-    assert Manifest.of(kv()).kvstore == KVGrant("", max_bytes=1_048_576, max_key_bytes=256, prefix="", read_only=False)
+    assert Manifest.of(kv()).kvstore == KVGrant(
+        "", max_bytes=1_048_576, max_keys=100_000, max_key_bytes=256, prefix="", read_only=False
+    )
     assert Manifest.of({"id": "a", "permissions": {"wasi": {}}}).wasi == WasiGrant("")
     assert Manifest.of(limits(fuel=None, timeout=None)).limits == Limits()
 
@@ -229,6 +232,10 @@ def test_an_id_too_long_for_a_store_is_refused_before_anything_is_made() -> None
         ({"id": "a", "limits": None}, "plugin 'a': limits must be an object, not None"),
         (kv(reason=None), "permissions.kvstore.reason must be text, not None"),
         (kv(reason="\udfff"), "permissions.kvstore.reason '\\udfff' holds a lone surrogate"),
+        (kv(max_keys=0), "permissions.kvstore.max_keys must be 1 to 4611686018427387904, not 0: pass one like 100000"),
+        (kv(max_keys=None), "permissions.kvstore.max_keys must be a whole number, not None: pass one like 100000"),
+        (kv(max_keys="1K"), "permissions.kvstore.max_keys must be a whole number, not '1K'"),
+        (kv(maxKeys=1), "permissions.kvstore.maxKeys is no field of a manifest (did you mean 'max_keys'?)"),
         (kv(max_key_bytes=0), "permissions.kvstore.max_key_bytes must be 1 to 256, not 0"),
         (kv(max_key_bytes=257), "permissions.kvstore.max_key_bytes must be 1 to 256, not 257"),
         (kv(max_key_bytes="256"), "permissions.kvstore.max_key_bytes must be a whole number, not '256'"),
@@ -267,7 +274,16 @@ def test_dataclasses_are_checked_as_they_are_made() -> None:
     """What is made by hand is as right as what is read."""
     for make, said in [
         (lambda: KVGrant(max_bytes=0), "KVGrant.max_bytes must be 1 to"),
-        (lambda: KVGrant(max_bytes="1MB"), "KVGrant.max_bytes must be a whole number, not '1MB'"),
+        (
+            lambda: KVGrant(max_bytes="1MB"),
+            "KVGrant.max_bytes must be a whole number, not '1MB': pass a number of bytes like 1000000",
+        ),
+        (
+            lambda: Limits("16MB"),
+            "Limits.memory_bytes must be a whole number, not '16MB': pass a number of bytes like 16000000",
+        ),
+        (lambda: KVGrant(max_keys=0), "KVGrant.max_keys must be 1 to"),
+        (lambda: KVGrant(max_keys=1e5), "KVGrant.max_keys must be a whole number, not 100000.0"),
         (lambda: KVGrant(prefix="abc", max_key_bytes=2), "KVGrant.prefix has 3 bytes, and a key at most 2"),
         (lambda: WasiGrant(reason=b""), "WasiGrant.reason must be text, not b''"),
         (lambda: Limits(memory_bytes=1), "Limits.memory_bytes must be 65536 to 4294967296, not 1"),
@@ -279,6 +295,7 @@ def test_dataclasses_are_checked_as_they_are_made() -> None:
         with pytest.raises(Misuse) as caught:
             make()  # type: ignore[no-untyped-call]
         assert said in str(caught.value)
+        assert '"1MB"' not in str(caught.value)  # texts are for mappings
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
@@ -360,8 +377,8 @@ LEAVES = (
     st.none() | st.booleans() | st.integers() | IMMENSE | IMMENSE.map(int.__neg__) | st.floats() | TEXTS | st.binary()
 )
 NAMES = TEXTS | st.sampled_from(
-    ["id", "permissions", "limits", "kvstore", "wasi", "reason", "max_size", "max_key_bytes", "prefix", "read_only"]
-    + ["memory", "fuel", "timeout"]
+    ["id", "permissions", "limits", "kvstore", "wasi", "reason", "max_size", "max_keys", "max_key_bytes"]
+    + ["prefix", "read_only", "memory", "fuel", "timeout"]
 )
 VALUES = st.recursive(
     LEAVES,
@@ -382,6 +399,7 @@ NEARLY = st.fixed_dictionaries(
                     optional={
                         "reason": TEXTS,
                         "max_size": SIZED,
+                        "max_keys": st.integers(-1, 2**63) | LEAVES,
                         "max_key_bytes": st.integers(-1, 300) | LEAVES,
                         "prefix": TEXTS,
                         "read_only": st.booleans() | LEAVES,
@@ -404,8 +422,8 @@ def mapped(manifest: Manifest) -> dict[str, Any]:
     if manifest.kvstore is not None:
         of = manifest.kvstore
         granted["kvstore"] = {
-            "reason": of.reason, "max_size": of.max_bytes, "max_key_bytes": of.max_key_bytes, "prefix": of.prefix,
-            "read_only": of.read_only,
+            "reason": of.reason, "max_size": of.max_bytes, "max_keys": of.max_keys, "max_key_bytes": of.max_key_bytes,
+            "prefix": of.prefix, "read_only": of.read_only,
         }  # fmt: skip
     if manifest.wasi is not None:
         granted["wasi"] = {"reason": manifest.wasi.reason}

@@ -18,6 +18,8 @@ from typing import Any
 
 import apsw
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from persistency import KVStore, Persistency, Poisoned, Put, Reply, Transaction, WriteFailed, key
 
@@ -556,6 +558,195 @@ def test_calls_at_once_never_exceed_the_quota(host: PluginHost) -> None:
     assert used(guest) == 30 * taken
 
 
+# -- how many keys ----------------------------------------------------------------------------------------------------
+
+
+def three(host: PluginHost, **more: Any) -> Guest:
+    """Load a guest that may have three keys, and has them, with nothing in them."""
+    guest = load(host, "three", KVGrant(max_keys=3, **more))
+    fill(guest, b"a1", b"a2", b"b", value=b"")
+    return guest
+
+
+CREATING: dict[str, Callable[[bytes], tuple[Any, ...]]] = {
+    "kv_set": lambda text: ("kv_set", text, b""),
+    "kv_set_with_ttl": lambda text: ("kv_set_with_ttl", text, b"", 60_000),
+    "kv_compare_and_set": lambda text: ("kv_compare_and_set", text, None, b""),
+}
+
+
+@pytest.mark.parametrize("name", CREATING)
+def test_a_key_too_many_is_refused(name: str, host: PluginHost) -> None:
+    """Keys of no bytes take no room of the quota, and are limited all the same; what is there can be written over."""
+    guest, create = three(host), CREATING[name]
+    for _ in range(2):
+        number, told = why(guest, *create(b"c"))
+        assert (number, told) == (
+            abi.QUOTA,
+            "key limit exceeded: there are 3 keys already, at most 3 are allowed",
+        )
+    assert keys_of(guest) == [b"a1", b"a2", b"b"]
+    assert guest.ask(*create(b"b")).result == 0
+    assert swapped(guest, b"b", b"", b"more") == 1
+    assert swapped(guest, b"c", b"what isn't there", b"x") == 0
+    assert swapped(guest, b"c", None, None) == 1
+    assert guest.ask("kv_delete", b"a2").result == 1
+    assert guest.ask(*create(b"c")).result == int(name == "kv_compare_and_set")
+    assert guest.ask(*create(b"d")).result == abi.QUOTA
+    assert keys_of(guest) == [b"a1", b"b", b"c"]
+
+
+@pytest.mark.parametrize("way", ["kv_delete", "kv_delete_by_prefix", "kv_compare_and_set", "its end", "the host"])
+def test_what_goes_makes_room_for_a_key(way: str, host: PluginHost, wall: Wall) -> None:
+    """Whichever way it goes: just as many can be created as there were."""
+    guest = load(host, "three", KVGrant(max_keys=3))
+    fill(guest, b"b", value=b"")
+    for text in (b"a1", b"a2"):
+        assert guest.ask("kv_set_with_ttl", text, b"", 1_000).result == 0
+    assert guest.ask("kv_set", b"c", b"").result == abi.QUOTA
+    if way == "kv_delete":
+        assert [guest.ask(way, text).result for text in (b"a1", b"a2", b"a2", b"c")] == [1, 1, 0, 0]
+    elif way == "kv_delete_by_prefix":
+        assert guest.ask(way, b"a").result == 2
+    elif way == "kv_compare_and_set":
+        assert [swapped(guest, text, b"", None) for text in (b"a1", b"a2", b"a2")] == [1, 1, 0]
+    elif way == "its end":
+        wall.ms += 1_000
+    else:
+        assert guest.plugin.store is not None
+        assert guest.plugin.store.delete_by_prefix("a").result(WAIT) == 2
+    assert [guest.ask("kv_set", text, b"").result for text in (b"c", b"d", b"e")] == [0, 0, abi.QUOTA]
+
+
+def test_what_the_host_stores_counts_as_well(host: PluginHost) -> None:
+    """The host isn't limited; what it puts there takes the plugin's room, whether it came before or meanwhile."""
+    guest = load(host, "few", KVGrant(max_keys=10))
+    store = guest.plugin.store
+    assert store is not None
+    fill(guest, b"a")
+    for number in range(9):
+        store.set(f"h{number}", b"").result(WAIT)
+    assert guest.ask("kv_set", b"b", b"").result == abi.QUOTA
+    store.job.commit([Put("kv", key(f"more{number}"), b"") for number in range(5)]).result(WAIT)
+    assert guest.ask("kv_delete", b"a").result == 1
+    number, told = why(guest, "kv_set", b"a", b"")
+    assert (number, told) == (abi.QUOTA, "key limit exceeded: there are 14 keys already, at most 10 are allowed")
+    assert store.delete_by_prefix("more").result(WAIT) == 5
+    store.job.put("other", key(1), b"no key of the store's")
+    assert [guest.ask("kv_set", text, b"").result for text in (b"a", b"b")] == [0, abi.QUOTA]
+
+
+def test_another_limit_holds_from_the_load_on(host: PluginHost) -> None:
+    """Above a limit that was lowered nothing is lost, and nothing created; what was there counts from the beginning."""
+    guest = three(host)
+    fewer = load(host, "three", KVGrant(max_keys=2))
+    assert keys_of(fewer) == [b"a1", b"a2", b"b"]
+    assert [fewer.ask("kv_set", text, b"x").result for text in (b"b", b"c")] == [0, abi.QUOTA]
+    assert fewer.ask("kv_delete_by_prefix", b"a").result == 2
+    assert [fewer.ask("kv_set", text, b"").result for text in (b"c", b"d")] == [0, abi.QUOTA]
+    more = load(host, "three", KVGrant(max_keys=4))
+    assert [more.ask("kv_set", text, b"").result for text in (b"d", b"e", b"f")] == [0, 0, abi.QUOTA]
+    assert guest.plugin is more.plugin
+
+
+def test_calls_at_once_never_exceed_the_limit_and_use_all_of_it(host: PluginHost) -> None:
+    """Eight at a time create keys of their own, and then in the place of those they remove."""
+    guest = load(host, "crowd", KVGrant(max_keys=50))
+
+    def create(thread: int) -> list[bytes]:
+        texts = [b"%d:%d" % (thread, number) for number in range(20)]
+        answers = [answer.result for answer in guest.steps(*(("kv_set", text, b"") for text in texts))]
+        assert set(answers) <= {0, abi.QUOTA}
+        return [text for text, result in zip(texts, answers, strict=True) if result == 0]
+
+    def replace(mine: list[bytes]) -> None:
+        for text in mine:
+            steps = guest.steps(("kv_delete", text), ("kv_set", b"%s again" % text, b""))
+            assert [step.result for step in steps] == [1, 0]  # no other has taken more than it gave back
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(create, range(8)))
+        assert sum(map(len, taken)) == len(keys_of(guest)) == 50
+        list(pool.map(replace, taken))
+    assert len(keys_of(guest)) == 50
+    assert guest.ask("kv_set", b"more", b"").result == abi.QUOTA
+
+
+def test_keys_are_counted_only_where_there_may_be_too_many(
+    guest: Guest, host: PluginHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at the first key that is created, and then not before the limit is near; nothing else is counted for."""
+    counted = []
+    count = Transaction.count
+    monkeypatch.setattr(Transaction, "count", lambda tx, category: counted.append(category) or count(tx, category))
+    near = load(host, "near", KVGrant(max_keys=100))
+    fill(near, *(b"%d" % number for number in range(100)))
+    assert counted == ["kv"]
+    for number in range(50):  # in exchange for one another
+        assert near.ask("kv_delete", b"%d" % number).result == 1
+        assert near.ask("kv_set", b"%d again" % number, b"").result == 0
+        assert near.ask("kv_set", b"99", b"%d" % number).result == 0
+    assert counted == ["kv"]
+    assert near.ask("kv_set", b"one more", b"").result == abi.QUOTA
+    assert counted == ["kv"] * 2
+    fill(guest, *(b"%d" % number for number in range(300)))
+    assert counted == ["kv"] * 3
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["set", "end", "swap", "unswap", "delete", "prefix", "host", "unhost", "time"]),
+            st.integers(0, 7),
+            st.sampled_from([b"", b"x", b"too long"]),
+        ),
+        max_size=60,
+    )
+)
+@settings(deadline=None, max_examples=60)
+def test_whatever_is_written_the_limit_is_exact(steps: list[tuple[str, int, bytes]]) -> None:
+    """Against a model: each write is refused if, and only if, it would create a key too many; or a byte too many."""
+    wall = Wall()
+    with Persistency(":memory:", clock=wall) as persistency:
+        store = KVStore(persistency.open_job("plugins/plugin", max_bytes=7))
+        bench = Bench(store, KVGrant(max_bytes=7, max_keys=3))
+        model: dict[bytes, tuple[bytes, int | None]] = {}
+        for verb, place, value in steps:
+            call, text = CallContext(monotonic() + WAIT), b"k%d" % place
+            old = model.get(text, (None, None))[0]
+            fits = sum(len(each) for each, _ in model.values()) - len(old or b"") + len(value) <= 7
+            fits = (fits or len(value) <= len(old or b"")) and (text in model or len(model) < 3)
+            if verb in ("set", "end"):
+                ttl = () if verb == "set" else (1_000,)
+                name = "kv_set" if verb == "set" else "kv_set_with_ttl"
+                assert bench.call(name, call, text, value, *ttl) == (0 if fits else abi.QUOTA)
+                if fits:
+                    model[text] = value, (wall.ms + 1_000 if ttl else None)
+            elif verb == "swap":
+                assert bench.call("kv_compare_and_set", call, text, old, value) == (1 if fits else abi.QUOTA)
+                if fits:
+                    model[text] = value, None
+            elif verb == "unswap":
+                assert bench.call("kv_compare_and_set", call, text, old, None) == 1
+                model.pop(text, None)
+            elif verb == "delete":
+                assert bench.call("kv_delete", call, text) == int(model.pop(text, None) is not None)
+            elif verb == "prefix":
+                assert bench.call("kv_delete_by_prefix", call, b"k") == len(model)
+                model.clear()
+            elif verb == "host":
+                store.set(text.decode(), b"").result(WAIT)
+                model[text] = b"", None
+            elif verb == "unhost":
+                store.delete(text.decode()).result(WAIT)
+                model.pop(text, None)
+            else:
+                wall.ms += 400
+                model = {text: row for text, row in model.items() if row[1] is None or row[1] > wall.ms}
+            assert store.list().result(WAIT) == sorted(text.decode() for text in model)
+        bench.close()
+
+
 # -- whose it is ------------------------------------------------------------------------------------------------------
 
 
@@ -902,14 +1093,14 @@ def test_waiting_for_a_store_ends_with_the_call(name: str, host: PluginHost) -> 
 class Bench:
     """A memory and the bodies of a store's functions, called on the test's own thread."""
 
-    def __init__(self, store: KVStore) -> None:
+    def __init__(self, store: KVStore, grant: KVGrant | None = None) -> None:
         engine = wasmtime.Engine()
         self._store = wasmtime.Store(engine)
         module = wasmtime.Module(engine, '(module (memory (export "memory") 1))')
         memory = wasmtime.Instance(self._store, module, []).exports(self._store)["memory"]
         assert isinstance(memory, wasmtime.Memory)
         self.memory = GuestMemory(self._store, memory)
-        self.bodies = {each.name: each.body for each in functions(store, KVGrant())}
+        self.bodies = {each.name: each.body for each in functions(store, grant or KVGrant())}
 
     def call(self, name: str, call: CallContext, *arguments: Argument) -> int:
         """Put the arguments into the memory and call a body with them."""

@@ -126,6 +126,19 @@ def test_random_bytes_are_random(guest: Guest) -> None:
     assert {memory[32:64] for _, memory in found} == {bytes((FILLING,)) * 32}
 
 
+def test_random_bytes_fill_their_place_and_no_more(guest: Guest) -> None:
+    """Of any length, over the edges of the pieces that are made at once too; a place outside is a fault."""
+    end = guest.pages * PAGE_BYTES
+    for size in (0, 1, 65_535, 65_536, 65_537):
+        (result,), before, after = guest.memory_after(("random_get", 8_192, size), function="random_get")
+        assert result == SUCCESS
+        assert after[8_192 : 8_192 + size].count(FILLING) < max(1, size / 64)
+        assert (after[:8_192], after[8_192 + size :]) == (before[:8_192], before[8_192 + size :])
+    for at, size in ((end - 9, 10), (0, end + 1), (0, 2**32 - 1), (2**32 - 1, 1)):
+        (result,), before, after = guest.memory_after(("random_get", at, size), function="random_get")
+        assert (result, after) == (FAULT, before)
+
+
 def test_there_are_no_arguments_and_no_environment(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the host's are seen; there are just none."""
     monkeypatch.setenv("PERSISTENCY_SECRET", "seen")
@@ -309,7 +322,7 @@ def test_what_was_written_before_the_end_is_not_lost(guest: Guest, output: Outpu
         guest.memory_after(steps[0], ("proc_exit", 3), payload=payload)
     assert output.lines() == [("stderr", "panicked at src/lib.rs:1")]
     with pytest.raises(CallFailed, match="out of bounds"):  # of wasmtime's own functions
-        guest.memory_after(steps[0], ("random_get", 2**32 - 1, 1), payload=payload)
+        guest.memory_after(steps[0], ("args_sizes_get", 2**32 - 16, 96), payload=payload)
     assert output.lines() == [("stderr", "panicked at src/lib.rs:1")]
 
 
@@ -503,42 +516,108 @@ def test_no_sleep_is_longer_than_the_call(wanted: bytes, guest: Guest) -> None:
     assert ask(guest, "sched_yield")[0] == SUCCESS
 
 
-def test_a_sleep_ends_when_the_end_of_its_call_is_moved() -> None:
-    """INTR, at once when the call is over, and soon when it is while the guest sleeps; nothing is written."""
-    engine = wasmtime.Engine()
-    linker = wasmtime.Linker(engine)
-    wasi.define(linker)
-    module = wasmtime.Module(engine, CALLING_POLL)
-    store = wasmtime.Store(engine)
-    config = wasi.config("plugin")
-    store.set_wasi(config)
-    exports = linker.instantiate(store, module).exports(store)
-    memory, sleep = exports["memory"], exports["sleep"]
-    assert isinstance(memory, wasmtime.Memory)
-    assert isinstance(sleep, wasmtime.Func)
-    memory.write(store, bytearray(clock(1, 10**18)))
-    try:
-        current.call = CallContext(0.0)
-        assert sleep(store) == INTR
-        current.call = call = CallContext(time.monotonic() + 1_000)  # longer than any test may take
-        cut_short = threading.Timer(0.01, setattr, (call, "deadline", 0.0))
-        cut_short.start()
-        assert sleep(store) == INTR
-        cut_short.join(WAIT)
-        assert not any(memory.read(store, SUBSCRIPTION, 100))
+class Calling:
+    """A guest that is called on the test's own thread, without a host: its memory, and a function for each of ours."""
+
+    def __init__(self) -> None:
+        engine = wasmtime.Engine()
+        linker = wasmtime.Linker(engine)
+        wasi.define(linker)
+        self.store = wasmtime.Store(engine)
+        self._config = wasi.config("plugin")
+        self.store.set_wasi(self._config)
+        self._exports = linker.instantiate(self.store, wasmtime.Module(engine, CALLING)).exports(self.store)
+        memory = self._exports["memory"]
+        assert isinstance(memory, wasmtime.Memory)
+        self.memory = memory
+
+    def __call__(self, name: str) -> int:
+        function = self._exports[name]
+        assert isinstance(function, wasmtime.Func)
+        return int(function(self.store))
+
+    def read(self) -> bytes:
+        """Return all the memory."""
+        return bytes(self.memory.read(self.store))
+
+    def close(self) -> None:
+        """Give it back."""
         current.call = None
-        assert sleep(store) == IO  # outside of any call: that can't be, and isn't raised through the guest
-    finally:
-        current.call = None
-        store.close()
-        config.close()
+        self.store.close()
+        self._config.close()
 
 
-CALLING_POLL = """(module
+CALLING = """(module
   (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
-  (memory (export "memory") 1)
+  (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 100)
+  (data (i32.const 200) "\\d0\\00\\00\\00\\06\\00\\00\\00hello\\n")
   (func (export "sleep") (result i32)
-    (call $poll (i32.const 0) (i32.const 48) (i32.const 1) (i32.const 80))))"""
+    (call $poll (i32.const 0) (i32.const 48) (i32.const 1) (i32.const 80)))
+  (func (export "random") (result i32) (call $random (i32.const 1024) (i32.const 6400000)))
+  (func (export "write") (result i32)
+    (call $write (i32.const 1) (i32.const 200) (i32.const 1) (i32.const 220))))"""
+
+
+@pytest.fixture
+def calling() -> Iterator[Calling]:
+    """Give that guest."""
+    made = Calling()
+    yield made
+    made.close()
+
+
+def test_a_sleep_ends_when_the_end_of_its_call_is_moved(calling: Calling) -> None:
+    """INTR, at once when the call is over, and soon when it is while the guest sleeps; nothing is written."""
+    calling.memory.write(calling.store, bytearray(clock(1, 10**18)))
+    current.call = CallContext(0.0)
+    assert calling("sleep") == INTR
+    current.call = call = CallContext(time.monotonic() + 1_000)  # longer than any test may take
+    cut_short = threading.Timer(0.01, setattr, (call, "deadline", 0.0))
+    cut_short.start()
+    assert calling("sleep") == INTR
+    cut_short.join(WAIT)
+    assert not any(calling.memory.read(calling.store, SUBSCRIPTION, 100))
+    current.call = None
+    assert calling("sleep") == IO  # outside of any call: that can't be, and isn't raised through the guest
+    assert calling("random") == IO
+
+
+def test_random_bytes_end_when_the_call_is_over(calling: Calling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of megabytes: INTR after the piece that was being made, and the rest is as it was."""
+    current.call = call = CallContext(time.monotonic() + 1_000)  # longer than any test may take
+    made: list[int] = []
+
+    def some(size: int) -> bytes:
+        made.append(size)
+        if len(made) == 3:
+            call.deadline = 0.0
+        return b"r" * size
+
+    monkeypatch.setattr(wasi.os, "urandom", some)
+    assert calling("random") == INTR
+    assert (set(made), len(made)) == ({65_536}, 3)
+    assert calling.read().count(b"r") == 3 * 65_536
+    current.call = CallContext(time.monotonic() + WAIT)
+    assert calling("random") == SUCCESS
+    assert calling.read().count(b"r") == sum(made[3:]) == 6_400_000
+
+
+@pytest.mark.parametrize("name", ["sleep", "random", "write"])
+@pytest.mark.parametrize("ended", [0.0, -1.0])
+def test_a_call_that_is_over_gets_nothing_done(name: str, ended: float, calling: Calling, output: Output) -> None:
+    """INTR, and nothing is written, slept or logged: with a time that is over, and when all calls are to end."""
+    current.call = CallContext(time.monotonic() + ended if ended else 0.0)
+    calling.memory.write(calling.store, bytearray(clock(1, 0)))
+    before = calling.read()
+    assert calling(name) == INTR
+    assert calling.read() == before
+    assert texts(output) == []
+    current.call = CallContext(time.monotonic() + WAIT)
+    assert calling(name) == SUCCESS
+    assert calling.read() != before
+    assert texts(output) == (["hello"] if name == "write" else [])
 
 
 # -- wild arguments ---------------------------------------------------------------------------------------------------
@@ -551,7 +630,7 @@ def wild(source: random.Random, end: int) -> int:
 
 
 def test_wild_arguments_write_nothing_but_what_was_asked(guest: Guest, output: Output) -> None:
-    """3,000 tuples for the two functions of ours: error numbers, and no byte that isn't the answer's has changed."""
+    """3,000 tuples for two functions of ours: error numbers, and no byte that isn't the answer's has changed."""
     print(f"seed {SEED}")
     source, end = random.Random(SEED), guest.pages * PAGE_BYTES
     outcomes = Counter[tuple[str, int]]()

@@ -40,7 +40,7 @@ extern "C" {
 /* What a function of the host returns instead of an answer. */
 #define PERSISTENCY_NOT_FOUND (-1) /* there is no such key */
 #define PERSISTENCY_TOO_SMALL (-2) /* the room isn't enough even for the first key of a page */
-#define PERSISTENCY_QUOTA (-3)     /* it would take the plugin over its quota; nothing has changed */
+#define PERSISTENCY_QUOTA (-3)     /* it would take the plugin over its quota, of bytes or of keys; nothing has changed */
 #define PERSISTENCY_INVALID (-4)   /* a key, a prefix, a time to live that isn't allowed */
 #define PERSISTENCY_CLOSED (-5)    /* the store is closed: the plugin is being unloaded */
 #define PERSISTENCY_STORAGE (-6)   /* the disk, the file, or the host itself failed */

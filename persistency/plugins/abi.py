@@ -21,7 +21,7 @@ MODULE: Final = "persistency"  # what a guest imports its functions from
 
 NOT_FOUND: Final = -1  # there is no such key
 TOO_SMALL: Final = -2  # the room isn't enough even for the first key of a page
-QUOTA: Final = -3  # it would take the plugin over its quota; nothing has changed
+QUOTA: Final = -3  # it would take the plugin over its quota, of bytes or of keys; nothing has changed
 INVALID: Final = -4  # a key, a prefix, a time to live that isn't allowed
 CLOSED: Final = -5  # the store is closed: the plugin is being unloaded
 STORAGE: Final = -6  # the disk, the file, or the host itself failed

@@ -14,6 +14,7 @@ Doesn't know: threads, lines, who asks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from wasmtime import ExitTrap, Func, Memory, Store, Trap, TrapCode, WasiConfig, WasmtimeError
@@ -31,13 +32,15 @@ from persistency.plugins.errors import (
     PluginTrapped,
 )
 from persistency.plugins.guestmemory import Fault, GuestMemory
-from persistency.plugins.linking import PAGE_BYTES, Linked, cut
+from persistency.plugins.linking import PAGE_BYTES, Linked, cut, said
 from persistency.plugins.manifest import Limits
 from persistency.plugins.services import printable
 
 TABLES_MAX: Final = 4
 TABLE_ELEMENTS_MAX: Final = 100_000
 _FRAMES_MAX = 8  # of a guest's backtrace
+_HOST_FUNCTION = "host_function"  # the reason of a trap that isn't one of wasmtime's: one of its own functions failed
+_RAN = "wasm backtrace"  # in what wasmtime says of one: the guest had begun
 _BITS = 0xFFFF_FFFF
 
 _Config = Callable[[str], WasiConfig]
@@ -99,12 +102,12 @@ class _Guest:
     def call(self, data: bytes) -> bytes:
         store = self._store
         instance = self._enter("instantiate", self._code.linked.pre.instantiate, store)
-        exports = instance.exports(store)
-        memory = self._memory = exports[abi.MEMORY]
+        export = partial(self._code.linked.export, instance, store)
+        memory = self._memory = export(abi.MEMORY)
         if self._code.linked.initializes:
-            self._enter(abi.INITIALIZE, exports[abi.INITIALIZE], store)
-        at = self._place(data, exports[abi.ALLOC], memory) if data else 0
-        answer = self._enter(self._name, exports[self._name], store, _signed(at), _signed(len(data)))
+            self._enter(abi.INITIALIZE, export(abi.INITIALIZE), store)
+        at = self._place(data, export(abi.ALLOC), memory) if data else 0
+        answer = self._enter(self._name, export(self._name), store, _signed(at), _signed(len(data)))
         if not self._context.remaining():  # it had no loop to be stopped in
             raise self._caused(self._too_late(self._who(self._name)))
         if answer == abi.FAILED:
@@ -174,10 +177,15 @@ class _Guest:
                 f"{who} ended the program, with exit status {error.code}", plugin, "exit",
                 hint="A function must return to its caller; build the plugin as a reactor.",
             )  # fmt: skip
+        elif isinstance(error, WasmtimeError) and (self._memory is not None or _RAN in str(error)):
+            failure = PluginTrapped(
+                f"{who} was stopped: {_words(_HOST_FUNCTION)}: {said(error)}", plugin, _HOST_FUNCTION,
+                hint="A pointer that the plugin passes is wrong; it may be built for another version of WASI.",
+            )  # fmt: skip
         elif isinstance(error, WasmtimeError):
             return self._caused(
                 CallFailed(
-                    f"{who} wasn't possible: {cut(str(error))}", plugin,
+                    f"{who} wasn't possible: {said(error)}", plugin,
                     hint="See the manifest's limits, and how much memory the process may have.",
                 )
             )  # fmt: skip
@@ -236,6 +244,7 @@ _WORDS = {
     "unreachable": "it came to a place that it says is never reached (a panic, an abort)",
     "memory_out_of_bounds": "it touched a place outside of its memory",
     "stack_overflow": "its stack is used up",
+    _HOST_FUNCTION: "a function of WASI found no sense in what it was passed",
     "unknown": "wasmtime gave no reason",
 }
 

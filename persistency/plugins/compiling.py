@@ -8,7 +8,7 @@ Rules:
   3. Two plugins with one code share a module for as long as somebody holds on to it; nothing else is kept here.
   4. The cache saves time and nothing else: whatever is wrong with it, the code is compiled.
   5. What isn't in the cache is compiled in a process of its own, within bounds on time and memory: hostile code would
-     otherwise end this one, or never come to an end.
+     otherwise end this one, or never come to an end. Here it is hashed, and not looked at.
 
 Doesn't know: plugins, what is done with a module.
 """
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
 
-from wasmtime import Engine, Module, WasmtimeError, wat2wasm
+from wasmtime import Engine, Module, WasmtimeError
 
 from persistency.errors import Closed
 from persistency.logfields import about
 from persistency.plugins.cache import CompileCache
-from persistency.plugins.compiling_process import Children, compile_apart
+from persistency.plugins.compiling_process import Children, Native, compile_apart
 from persistency.plugins.engines import Engines
 
 log: logging.Logger = logging.getLogger("persistency.plugins")
@@ -41,15 +41,19 @@ _Key = tuple[str, bool]  # the SHA-256 of the code, and whether its instructions
 class Compiled:
     """A module, and the engine it is for; shared by all who ask for that code as long as one of them holds on to it.
 
+    `outline`: a module in the binary format with the same types, functions, imports, exports and memories, and nothing
+    else; short.
+
     It is what is kept weakly, not the module: wasmtime frees that in its `__del__`, before references to it that are
     weak are gone, and another thread could still get it by one of them, with nothing in it.
     """
 
-    __slots__ = ("__weakref__", "engine", "module")
+    __slots__ = ("__weakref__", "engine", "module", "outline")
 
-    def __init__(self, engine: Engine, module: Module) -> None:
+    def __init__(self, engine: Engine, module: Module, outline: bytes) -> None:
         self.engine: Final = engine
         self.module: Final = module
+        self.outline: Final = outline
 
 
 class _Flight:
@@ -152,35 +156,35 @@ class Compiler:
         if kept is not None:
             with self._lock:
                 self.from_cache += 1
-            return Compiled(engine, kept)
+            return kept
         with self._room:
             if self._closed:
                 raise _closed()
-            data = self._apart(_binary(wasm), fuel)
-        module = Module.deserialize(engine, data)
+            native = self._apart(wasm, fuel)
+        compiled = _ready(engine, native)
         with self._lock:
             self.compiled += 1
         if self._cache is not None:
-            self._cache.put(name, data)
-        return Compiled(engine, module)
+            self._cache.put(name, native.packed())
+        return compiled
 
-    def _apart(self, binary: bytes, fuel: bool) -> bytes:
+    def _apart(self, wasm: bytes, fuel: bool) -> Native:
         seconds, memory_bytes, among = self._seconds, self._memory_bytes, self._children
         try:
-            return compile_apart(binary, fuel=fuel, seconds=seconds, memory_bytes=memory_bytes, among=among)
+            return compile_apart(wasm, fuel=fuel, seconds=seconds, memory_bytes=memory_bytes, among=among)
         except OSError:
             if self._closed:  # it was killed for that
                 raise _closed() from None
             raise
 
-    def _kept(self, engine: Engine, name: str) -> Module | None:
-        """Return the module that the cache has, or `None`."""
+    def _kept(self, engine: Engine, name: str) -> Compiled | None:
+        """Return what the cache has, or `None`."""
         assert self._cache is not None
         data = self._cache.get(name)
         if data is None:
             return None
         try:
-            return Module.deserialize(engine, data)
+            return _ready(engine, Native.unpacked(data))
         except WasmtimeError as error:
             log.info(
                 "compiled code in the cache was made for another machine (%s): it is compiled again for this one",
@@ -202,18 +206,9 @@ def _awaited(flight: _Flight) -> Compiled | None:
         del flight
 
 
-def _binary(wasm: bytes) -> bytes:
-    """Return code in the binary format. Raises `ValueError` or `WasmtimeError`."""
-    if wasm[:1] in (b"", b"\0"):
-        return wasm  # an empty one too: wasmtime says what's wrong with it
-    try:
-        text = wasm.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the code is neither WebAssembly, which begins with b'\\0asm', nor its text format in UTF-8: "
-            f"it begins with {wasm[:8]!r}"
-        ) from error
-    return bytes(wat2wasm(text))
+def _ready(engine: Engine, native: Native) -> Compiled:
+    """Return compiled code as it can be run. Raises `WasmtimeError` for what is none, or another engine's."""
+    return Compiled(engine, Module.deserialize(engine, native.module), native.outline)
 
 
 def _closed() -> Closed:

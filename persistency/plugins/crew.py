@@ -29,7 +29,10 @@ from persistency.logfields import about
 
 log: logging.Logger = logging.getLogger("persistency.plugins")
 
-STACK_BYTES = 2 * 1_048_576  # for a guest's stack, and for Python's below and above it
+# For a guest's stack, and for Python's below and above it. What the system gives a thread may be less (`ulimit -s`, and
+# musl's 128 KiB): where the service has said nothing it is what Linux gives as a rule, and else not less than it takes.
+STACK_BYTES = 2 * 1_048_576
+_STACK_UNSAID_BYTES = 8 * 1_048_576
 _IDLE_S = 10.0  # without work, before a thread ends
 _RUNG_S = 0.05  # so long a thread that was rung for may take to come
 _LOOK_S = 0.05
@@ -85,7 +88,6 @@ class Crew:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._stack_bytes = _small_stack_bytes()
         self._ready: deque[Task] = deque()
         self._idle: list[SimpleQueue[None]] = []  # the bells of those that sleep; the last one was used last
         self._taking = threading.Lock()  # held by who takes from what is ready
@@ -162,15 +164,16 @@ class Crew:
     def _start(self) -> None:
         # Not one of the engine's own threads by its name: it may be inside a store when the interpreter ends.
         thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-        if not self._stack_bytes:
-            thread.start()
-            return
         with _starting:
-            threading.stack_size(STACK_BYTES)
+            before = threading.stack_size(_STACK_UNSAID_BYTES)
+            ours = max(before, STACK_BYTES) if before else _STACK_UNSAID_BYTES
             try:
+                threading.stack_size(ours)
                 thread.start()
             finally:
-                threading.stack_size(self._stack_bytes)
+                found = threading.stack_size(before)
+                if found != ours:  # the service has set it meanwhile
+                    threading.stack_size(found)
 
     def _serve(self) -> None:
         bell: SimpleQueue[None] = SimpleQueue()
@@ -250,14 +253,6 @@ def _tell(tell: Telling) -> None:
         tell()
     except BaseException as error:  # whoever is told: what comes next comes
         log.exception("telling of what a plugin did failed", extra=about("crew_telling_failed", None, error))
-
-
-def _small_stack_bytes() -> int:
-    """Return how large a stack the service gives its threads, if that isn't enough; else 0."""
-    with _starting:
-        size = threading.stack_size()
-        threading.stack_size(size)  # asking for it sets it to 0
-    return size if size < STACK_BYTES else 0
 
 
 _starting = threading.RLock()  # `threading.stack_size` is one for all threads

@@ -13,6 +13,7 @@ Doesn't know: code, plugins, calls.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import platform
@@ -106,6 +107,15 @@ def _engine(fuel: bool) -> Engine:
     for name, value in _SETTINGS.items():
         getattr(Config, name).__set__(config, value)  # an AttributeError, where `setattr` would set nothing
     return Engine(config)
+
+
+def keep_for_ever(whoever: list[Any]) -> None:
+    """Keep objects, and all they hold, to the end of the process and beyond that of the interpreter.
+
+    In a forked child what the parent had of wasmtime's can't be freed: that takes a lock which another thread of the
+    parent may have had at that moment, and its destructor would wait for ever.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(whoever))
 
 
 @functools.cache

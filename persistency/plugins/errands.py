@@ -2,7 +2,8 @@
 
 Rules:
   1. Errands of one id begin in the order they came, each when the one before it is over.
-  2. A step that waits for something keeps no thread: the errand goes on when that has come.
+  2. A step that waits for something keeps neither a thread nor a place in the line: the errand goes on when that has
+     come, without a place unless it asks for one.
   3. Whoever gives up waiting for an errand doesn't keep it from being done: others may wait for it as well.
 
 Doesn't know: what the steps do.
@@ -17,12 +18,14 @@ from concurrent.futures import Future
 from math import inf
 from typing import Any, Generic, TypeVar
 
+from persistency import Reply
 from persistency.plugins.crew import Crew, Do, Telling
 from persistency.plugins.line import Line
 
 T = TypeVar("T")
 
-Steps = Generator[Future[None], None, T]  # yields what it waits for; none of these may fail
+# Yields what it waits for, and none of these may fail; `None`: another turn in the line.
+Steps = Generator[Future[None] | None, None, T]
 
 
 class Errand(Generic[T]):
@@ -31,6 +34,7 @@ class Errand(Generic[T]):
     def __init__(self, steps: Steps[T], line: Line[Errand[Any], bool] | None = None, what: Any = None) -> None:
         self._steps = steps
         self._line = line
+        self._in_turn = line is not None  # what comes next is done with a place in the line
         self.what: Any = what
         self.until: float = inf
         self.granted: bool | None = None
@@ -39,8 +43,8 @@ class Errand(Generic[T]):
         self.future.set_running_or_notify_cancel()
 
     def begin(self) -> bool:
-        """Take a place in the line."""
-        return self._line is None or self.granted is not None or bool(self._line.enter(self))
+        """Take a place in the line, for what needs one."""
+        return self._line is None or not self._in_turn or self.granted is not None or bool(self._line.enter(self))
 
     def work(self) -> tuple[Telling | None, Errand[Any] | None]:
         """Go on to the next thing to wait for, or to the end."""
@@ -55,11 +59,23 @@ class Errand(Generic[T]):
             failure = error.with_traceback(None)  # which has the frames of this thread, and all that they hold
             tell = lambda: future.set_exception(failure)  # noqa: E731
         else:
-            waited.add_done_callback(lambda _: queue.crew.run(self))
-            return None, None
-        following = None if self._line is None else self._line.leave("done")
+            following = self._leave()  # and then nothing more in here: another thread may go on with it at once
+            self._in_turn = waited is None
+            if waited is None:
+                queue.crew.run(self)
+            else:
+                waited.add_done_callback(lambda _: queue.crew.run(self))
+            return None, following
+        following = self._leave()
         queue.end()
         return tell, following
+
+    def _leave(self) -> Errand[Any] | None:
+        """Give the place back, if it has one; return who has it now."""
+        if self._line is None or self.granted is None:
+            return None
+        self.granted = None
+        return self._line.leave("done")
 
     def interrupt(self) -> bool:
         """Say that it ends by itself."""
@@ -99,10 +115,10 @@ class Queue:
         with self._lock:
             return self._errands[-1] if self._errands else None
 
-    def find(self, what: Any) -> Errand[Any] | None:
-        """Return the last errand that is that and isn't over."""
+    def find(self, wanted: Callable[[Any], bool]) -> Errand[Any] | None:
+        """Return the last errand that is wanted by `what` it is, and isn't over."""
         with self._lock:
-            return next((errand for errand in reversed(self._errands) if errand.what == what), None)
+            return next((errand for errand in reversed(self._errands) if wanted(errand.what)), None)
 
     def end(self) -> None:
         """Note that the first errand is over."""
@@ -126,3 +142,21 @@ class Queue:
             self._busy = True
             errand = self._errands[0]
         self.crew.run(errand)
+
+
+# -- what needs none -------------------------------------------------------------------------------------------------
+
+
+def done(answer: T) -> Reply[T]:
+    """Return the reply of what is done already."""
+    future: Future[T] = Future()
+    future.set_result(answer)
+    return Reply.of(future)
+
+
+def failed(error: BaseException, cause: BaseException) -> Reply[Any]:
+    """Return the reply of what couldn't be begun."""
+    error.__cause__ = cause
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return Reply.of(future)

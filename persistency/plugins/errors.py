@@ -25,6 +25,16 @@ class PluginError(PersistencyError):
     def __init__(self, message: str, plugin: str, *more: Any, hint: str | None = None) -> None:
         super().__init__(message, plugin, *more, hint=hint)
         self.plugin: str = plugin
+        if isinstance(self, OSError):
+            _mend(self, (message, plugin, *more))
+
+
+def _mend(error: OSError, args: tuple[Any, ...]) -> None:
+    """Give a `TimeoutError` what it was given: `OSError` took that for an errno, its text and the name of a file."""
+    error.args = args
+    error.errno = error.strerror = None
+    if error.filename is not None:  # one that was set, be it to `None`, is pickled as another argument
+        error.filename = None
 
 
 class PluginNotFound(PluginError, KeyError):

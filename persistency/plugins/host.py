@@ -21,26 +21,25 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from os import PathLike
-from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
 from persistency import Closed, Forked, Misuse, Persistency, Reply
-from persistency.arguments import as_count, as_file, as_payload, as_seconds, shown
+from persistency.arguments import as_count, as_seconds
 from persistency.closing import Closing
 from persistency.plugins import crew
 from persistency.plugins.compiling import COMPILE_SECONDS, Compiler
 from persistency.plugins.context import current
 from persistency.plugins.crew import Crew, Do
+from persistency.plugins.engines import keep_for_ever
 from persistency.plugins.epochs import Epochs
-from persistency.plugins.errands import Errand, Queue, Steps
-from persistency.plugins.errors import LoadFailed, PluginNotFound
+from persistency.plugins.errands import Errand, Queue, Steps, done, failed
+from persistency.plugins.errors import LoadFailed, PluginError, PluginNotFound
 from persistency.plugins.line import Line
-from persistency.plugins.loading import Place, loading, unloading
+from persistency.plugins.loading import Place, as_code, as_directory, as_id, loading, unloading
 from persistency.plugins.manifest import Manifest
-from persistency.plugins.plugin import Plugin
+from persistency.plugins.plugin import Plugin, everywhere
 from persistency.sweeps import as_bytes
 
 T = TypeVar("T")
@@ -48,6 +47,7 @@ T = TypeVar("T")
 CALL_SECONDS_MAX = 3_600  # what is counted in ticks is counted to its end, all at once, when the process ends
 _EXIT_S = 2.0  # so long the end of the process waits for guests to come to theirs
 _LEAVE_S = 0.1  # of these, for those that leave by themselves
+_NO_THREAD = "Try again when there are fewer threads."
 
 
 class PluginHost(Closing):
@@ -61,7 +61,7 @@ class PluginHost(Closing):
     calls_max: how many calls of one plugin may run at once; more of them wait in line, each for `calls_wait` seconds
       at most (`None`: to the end of its time).
 
-    Raises `Misuse`, also for a `cache_dir` that others can write to.
+    Raises `Misuse`, also for a `cache_dir` that others can write to, and `Closed` when the interpreter ends.
     """
 
     _closed = True  # until it is known to be sound; see __del__
@@ -90,7 +90,7 @@ class PluginHost(Closing):
         self.calls_wait: float = self.call_timeout if wait is None else wait
         compiles_max = as_count(compiles_max, "compiles_max", 1)
         bytes_max = None if cache_max is None else as_bytes(cache_max, "cache_max")
-        directory = None if cache_dir is None else _as_directory(cache_dir)
+        directory = None if cache_dir is None else as_directory(cache_dir)
         seconds = as_seconds(compile_timeout, "compile_timeout", optional=False) or 0.0
         if not seconds:
             raise Misuse("compile_timeout must be more than 0 s: pass how long compiling may take")
@@ -100,11 +100,15 @@ class PluginHost(Closing):
         # Beside those that compile, as many may find their code compiled already.
         self._loads: Line[Errand[Any], bool] = Line(2 * compiles_max, True)
         self._lock = threading.RLock()
+        self.lined_up: set[Plugin] = set()
         self._places: dict[str, Place] = {}  # of the ids that are loaded, or that something is done with
         self._closing: Errand[None] | None = None
         self._closing_begun = False
         self._closed = False
         _hosts.add(self)
+        if _exit_until is not None:  # asked only now: who was added before is found by the hook
+            self._closed = True
+            raise Closed("the interpreter ends: nobody would stop the plugins of a host any more")
 
     # -- plugins -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class PluginHost(Closing):
         function that wasn't granted), or `Closed`; what was there before is there still, and it can be tried again.
         """
         manifest = Manifest.of(manifest)
-        source = _as_code(wasm)
+        source = as_code(wasm)
         self._check_open()
         with self._lock:
             place = self._place(manifest.id)
@@ -137,46 +141,54 @@ class PluginHost(Closing):
             except RuntimeError as error:
                 self._tidy(manifest.id)
                 text = f"plugin {manifest.id!r} wasn't loaded: no thread could be started"
-                raise LoadFailed(text, manifest.id, hint="Try again when there are fewer threads.") from error
+                return failed(LoadFailed(text, manifest.id, hint=_NO_THREAD), error)
         return Reply.of(errand.future)
 
     def unload(self, plugin: str | Plugin) -> Reply[None]:
         """Unload a plugin, given by its id or its handle: from now on its calls raise `Closed`, also those in line.
 
         The reply is there when those that run have ended and its store is closed. What the store keeps stays. One that
-        is unloaded already is fine; for an id that isn't known, raises `PluginNotFound`.
+        is unloaded already is fine; for an id that isn't known, raises `PluginNotFound`, and `Misuse` for another
+        host's handle.
         """
         self.check_here()
-        plugin_id = plugin.id if isinstance(plugin, Plugin) else _as_id(plugin)
+        plugin_id = plugin.id if isinstance(plugin, Plugin) else as_id(plugin)
+        if isinstance(plugin, Plugin) and plugin._owner is not self:
+            raise Misuse(f"{plugin!r} is another host's: pass one of this host's, or call its own unload()")
         with self._lock:
             place = self._places.get(plugin_id)
+            errand: Errand[None] | None = None
             if isinstance(plugin, Plugin):
                 if place is None or place.plugin is not plugin:  # it was unloaded before
-                    return _done(None)
-                errand = place.queue.find(plugin)
-                return Reply.of((errand or self._unload(place)).future)
+                    return done(None)
+                errand = place.queue.find(lambda what: what is plugin)
             if place is None:
                 raise PluginNotFound(f"no plugin with id {plugin_id!r}", plugin_id)
-            return Reply.of(self._unload(place).future)
+            try:
+                return Reply.of((errand or self._unload(place)).future)
+            except RuntimeError as error:
+                text = f"plugin {plugin_id!r} wasn't unloaded: no thread could be started"
+                return failed(PluginError(text, plugin_id, hint=_NO_THREAD), error)
 
     def ready(self, plugin_id: str) -> Reply[Plugin]:
         """Wait for a plugin: the reply is that of the load on its way, or the plugin that is loaded.
 
-        Raises `PluginNotFound` if there is neither.
+        A load counts until it is over, whatever is to be done after it. Raises `PluginNotFound` if there is neither,
+        and `Closed`.
         """
-        self.check_here()
-        _as_id(plugin_id)
+        self._check_open()
+        as_id(plugin_id)
         with self._lock:
             place = self._places.get(plugin_id)
-            last = None if place is None else place.queue.last()
-            if last is not None and isinstance(last.what, tuple):
-                return Reply.of(last.future)
-        return _done(self.plugin(plugin_id))
+            load = None if place is None else place.queue.find(lambda what: isinstance(what, tuple))
+            if load is not None:
+                return Reply.of(load.future)
+        return done(self.plugin(plugin_id))
 
     def plugin(self, plugin_id: str) -> Plugin:
         """Return a plugin that is loaded. Raises `PluginNotFound`."""
         self.check_here()
-        place = self._places.get(_as_id(plugin_id))
+        place = self._places.get(as_id(plugin_id))
         found = None if place is None else place.plugin
         if found is None or found.closed:
             raise PluginNotFound(f"no plugin with id {plugin_id!r} is loaded", plugin_id)
@@ -311,9 +323,10 @@ class PluginHost(Closing):
     def _look(self, now: float) -> None:
         """Do what is due at a tick."""
         self.crew.tick(now)
-        for place in list(self._places.values()):
-            if place.plugin is not None:
-                place.plugin._look(now)
+        for plugin in list(self.lined_up):
+            self.lined_up.discard(plugin)  # first: whoever comes to its line after it was looked at adds it again
+            if plugin._look(now):
+                self.lined_up.add(plugin)
 
     def _stop(self) -> None:
         """Refuse everything from now on, and have every call end."""
@@ -339,41 +352,25 @@ def _nothing() -> None:
     """Nothing is to be done when the host's own errand is over."""
 
 
-def _done(answer: T) -> Reply[T]:
-    future: Future[T] = Future()
-    future.set_result(answer)
-    return Reply.of(future)
-
-
-def _as_id(value: Any) -> str:
-    if not isinstance(value, str):
-        raise Misuse(f"plugin_id must be a str, not {type(value).__name__}: pass a plugin's id")
-    return value
-
-
-def _as_code(value: Any) -> bytes | Path:
-    if isinstance(value, PathLike):
-        return as_file(value, "wasm")
-    if isinstance(value, str):
-        raise Misuse("wasm must be bytes or a path, not str: pass a Path, or text.encode() of the text format")
-    return as_payload(value, "wasm")
-
-
-def _as_directory(value: Any) -> Path:
-    if not isinstance(value, str | PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
-        raise Misuse(f"cache_dir must be a path, not {shown(value)}: pass that of a directory, or None")
-    return Path(value).absolute()
-
-
 # -- the process --------------------------------------------------------------------------------------------------
 
 _hosts: weakref.WeakSet[PluginHost] = weakref.WeakSet()
+_exit_until: float | None = None  # on the monotonic clock, as soon as the process ends
+
+
+def _all_hosts() -> list[PluginHost]:
+    while True:
+        try:
+            return list(_hosts)
+        except RuntimeError:  # another thread made one in the middle of that
+            continue
 
 
 def _at_exit() -> None:
     """Have every guest come to its end. The engine's own hook comes later: jobs still answer until then."""
-    hosts = [host for host in list(_hosts) if not host._forked]
-    until = monotonic() + _EXIT_S
+    global _exit_until  # noqa: PLW0603  # of this process
+    _exit_until = until = _exit_until or monotonic() + _EXIT_S  # from now on nobody makes a host
+    hosts = [host for host in _all_hosts() if not host._forked]
     for host in hosts:
         host._stop()
     for host in hosts:  # those that call host functions end by that, and are out of the way of those that don't
@@ -385,11 +382,17 @@ def _at_exit() -> None:
 
 
 def _in_child() -> None:
-    for host in list(_hosts):
+    global _exit_until  # noqa: PLW0603  # as above
+    _exit_until = None
+    hosts = _all_hosts()
+    for host in hosts:
         host._forked = True
+    keep_for_ever([*hosts, *everywhere])
     crew.forget_parent()
 
 
+# Twice: a Ctrl-C at the very beginning of it ends only the first.
+atexit.register(_at_exit)
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)

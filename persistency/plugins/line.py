@@ -137,6 +137,10 @@ class Line(Generic[W, V]):
                 return
         tell()
 
+    def has_waiting(self) -> bool:
+        """Return whether anybody waits."""
+        return bool(self._waiting)
+
     def numbers(self) -> tuple[int, int, dict[str, int]]:
         """Return how many have a place, how many wait, and what became of the others."""
         with self._lock:

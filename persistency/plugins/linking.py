@@ -11,11 +11,23 @@ Doesn't know: what the functions do, calls, where the code comes from.
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from wasmtime import Caller, FuncType, InstancePre, Linker, Memory, ValType, WasmtimeError, wat2wasm
+from wasmtime import (
+    Caller,
+    FuncType,
+    Instance,
+    InstancePre,
+    Linker,
+    Memory,
+    Store,
+    ValType,
+    WasmtimeError,
+)
 
 from persistency.plugins import abi, wasi
 from persistency.plugins.compiling import Compiled
@@ -23,9 +35,24 @@ from persistency.plugins.context import current
 from persistency.plugins.errors import LoadFailed, PermissionDenied
 from persistency.plugins.guestmemory import Fault, GuestMemory
 from persistency.plugins.manifest import Manifest
-from persistency.plugins.services import SIGNATURES, HostFunction
+from persistency.plugins.services import SIGNATURES, HostFunction, printable
 from persistency.plugins.shape import FUNCTION, MEMORY, Export, Import, Shape, Signature, shape_of
 
+
+def _inner(name: str) -> Any:
+    """Return one of the modules that wasmtime's Python is made of, or `None` where it isn't there any more."""
+    try:
+        return importlib.import_module(f"wasmtime.{name}")
+    except ImportError:
+        return None
+
+
+# Wasmtime's own Python asks for all of an instance's exports, and each by going over those before it: with a thousand
+# of them that took a call 40 ms. What it is built on can give one by its name, but isn't promised to stay.
+_ffi, _extern = _inner("_ffi"), _inner("_extern")
+_ONE_BY_ONE = (
+    hasattr(_ffi, "wasmtime_instance_export_get") and hasattr(_extern, "wrap_extern") and hasattr(Store, "_context")
+)
 PAGE_BYTES: Final = 65_536
 # What every call of a guest goes through, once more, in Python.
 EXPORTS_MAX: Final = 1_000
@@ -43,19 +70,32 @@ class Interrupted(BaseException):
 
 
 class Linked(NamedTuple):
-    """A module that is ready to be instantiated: what of it can be called, and whether it wants to be initialised."""
+    """A module that is ready to be instantiated: what of it can be called, and whether it wants to be initialised.
+
+    `names`: those of the exports that a call asks for, as C has them.
+    """
 
     pre: InstancePre
     functions: frozenset[str]
     initializes: bool
+    names: Mapping[str, ctypes.Array[ctypes.c_char]]
+
+    def export(self, instance: Instance, store: Store, name: str) -> Any:
+        """Return one of the exports of an instance that a call asks for."""
+        if _ONE_BY_ONE:
+            text, found = self.names[name], _ffi.wasmtime_extern_t()
+            size, place = len(text) - 1, ctypes.byref(instance._instance)  # without the NUL at its end
+            if _ffi.wasmtime_instance_export_get(store._context(), place, text, size, ctypes.byref(found)):
+                return _extern.wrap_extern(found)
+        return instance.exports(store)[name]
 
 
-def shape_of_code(plugin_id: str, wasm: bytes) -> Shape:
-    """Return what code that was compiled imports and exports; it may be in the text format. Raises `LoadFailed`."""
+def shape_of_code(plugin_id: str, outline: bytes) -> Shape:
+    """Return what code imports and exports, by the outline it was compiled with. Raises `LoadFailed`."""
     try:
-        return shape_of(wasm if wasm[:1] == b"\0" else bytes(wat2wasm(wasm.decode())))
-    except (ValueError, WasmtimeError) as error:
-        raise LoadFailed(f"plugin {plugin_id!r} couldn't be read: {cut(str(error))}", plugin_id) from error
+        return shape_of(outline)
+    except ValueError as error:
+        raise LoadFailed(f"plugin {plugin_id!r} couldn't be read: {said(error)}", plugin_id) from error
 
 
 def check(manifest: Manifest, shape: Shape) -> None:
@@ -93,13 +133,12 @@ def link(
                 linker.define_func(function.module, function.name, kind, guarded(function), access_caller=True)
         pre = linker.instantiate_pre(compiled.module)
     except WasmtimeError as error:
-        raise LoadFailed(f"plugin {plugin_id!r} couldn't be linked: {cut(str(error))}", plugin_id) from error
+        raise LoadFailed(f"plugin {plugin_id!r} couldn't be linked: {said(error)}", plugin_id) from error
     finally:
         linker.close()
-    callable_names = frozenset(
-        name for name, each in shape.exports.items() if name not in abi.RESERVED and each.signature == _CALLABLE
-    )
-    return Linked(pre, callable_names, abi.INITIALIZE in shape.exports)
+    names = _callable(shape.exports)
+    as_c = {name: ctypes.create_string_buffer(name.encode()) for name in names | abi.RESERVED}
+    return Linked(pre, names, abi.INITIALIZE in shape.exports, as_c)
 
 
 def guarded(function: HostFunction) -> Callable[..., int]:
@@ -144,6 +183,11 @@ def cut(text: str, most: int = 1_000) -> str:
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
+def said(error: BaseException) -> str:
+    """Return what wasmtime says of a guest, who chose some of the words: on one line, printable, not too long."""
+    return cut(printable(" ".join(str(error).split())))
+
+
 # -- the module's shape ----------------------------------------------------------------------------------------------
 
 
@@ -155,6 +199,15 @@ def _granted(manifest: Manifest) -> dict[tuple[str, str], Signature]:
         for each in abi.FUNCTIONS
         if each.service is None or (kvstore is not None and not (each.writes and kvstore.read_only))
     }
+
+
+def _callable(exports: Mapping[str, Export]) -> frozenset[str]:
+    """Return the names of the functions that can be called; a host function that is handed on isn't one."""
+    return frozenset(
+        name
+        for name, each in exports.items()
+        if name not in abi.RESERVED and each.signature == _CALLABLE and not each.imported
+    )
 
 
 def _check_exports(plugin_id: str, exports: Mapping[str, Export], memory_bytes: int) -> None:
@@ -171,7 +224,9 @@ def _check_exports(plugin_id: str, exports: Mapping[str, Export], memory_bytes: 
     for name, signature in ((abi.ALLOC, _ALLOC), (abi.INITIALIZE, _INITIALIZE)):
         if name in exports and exports[name].signature != signature:
             raise LoadFailed(f"plugin {plugin_id!r}: its export {name!r} must be {_shown(signature)}", plugin_id)
-    if abi.ALLOC not in exports and any(each.signature == _CALLABLE for each in exports.values()):
+        if name in exports and exports[name].imported:
+            raise LoadFailed(f"plugin {plugin_id!r}: its export {name!r} is a function it imports", plugin_id)
+    if abi.ALLOC not in exports and _callable(exports):
         raise LoadFailed(f"plugin {plugin_id!r} exports no function {abi.ALLOC!r}: arguments have no place", plugin_id)
 
 

@@ -17,18 +17,19 @@ import os
 import stat
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from wasmtime import WasmtimeError
 
-from persistency import Closed, KVStore, Persistency, PersistencyError
+from persistency import Closed, KVStore, Misuse, Persistency, PersistencyError
+from persistency.arguments import as_file, as_payload, shown
 from persistency.logfields import about
 from persistency.plugins import kvservice, wasi
 from persistency.plugins.calling import Code
 from persistency.plugins.compiling import WASM_BYTES_MAX, Compiler
 from persistency.plugins.errands import Queue, Steps
 from persistency.plugins.errors import LoadFailed
-from persistency.plugins.linking import check, cut, link, shape_of_code
+from persistency.plugins.linking import check, link, said, shape_of_code
 from persistency.plugins.manifest import Manifest
 from persistency.plugins.plugin import Build, Held, Owner, Plugin, Version
 from persistency.plugins.services import everybody
@@ -69,6 +70,7 @@ def loading(host: Host, place: Place, manifest: Manifest, source: bytes | Path) 
     try:
         if place.plugin is not None and place.plugin.closed:  # it is to be unloaded, and this one comes in its place
             yield from unloading(place)
+            yield None
         plugin = place.plugin
         wasm = _read(plugin_id, source)
         sha256 = hashlib.sha256(wasm).hexdigest()
@@ -143,6 +145,29 @@ def _exchanged(host: Host, plugin: Plugin, build: Build) -> Steps[None]:
 # -- what they are made of -------------------------------------------------------------------------------------------
 
 
+def as_id(value: Any) -> str:
+    """Check what is to be an id. Raises `Misuse`."""
+    if not isinstance(value, str):
+        raise Misuse(f"plugin_id must be a str, not {type(value).__name__}: pass a plugin's id")
+    return value
+
+
+def as_directory(value: Any) -> Path:
+    """Check what is to be a directory for compiled code. Raises `Misuse`."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+        raise Misuse(f"cache_dir must be a path, not {shown(value)}: pass that of a directory, or None")
+    return Path(value).absolute()
+
+
+def as_code(value: Any) -> bytes | Path:
+    """Check what is to be loaded. Raises `Misuse`."""
+    if isinstance(value, os.PathLike):
+        return as_file(value, "wasm")
+    if isinstance(value, str):
+        raise Misuse("wasm must be bytes or a path, not str: pass a Path, or text.encode() of the text format")
+    return as_payload(value, "wasm")
+
+
 def _read(plugin_id: str, source: bytes | Path) -> bytes:
     if isinstance(source, bytes):
         return source
@@ -163,15 +188,15 @@ def _built(host: Host, manifest: Manifest, wasm: bytes, sha256: str) -> Build:
     try:
         compiled = host.compiler.compile(wasm, fuel=manifest.limits.fuel is not None)
     except (WasmtimeError, ValueError) as error:
-        text = f"plugin {manifest.id!r} couldn't be compiled: {cut(str(error))}"
+        text = f"plugin {manifest.id!r} couldn't be compiled: {said(error)}"
         raise LoadFailed(text, manifest.id, hint="See the cause; the module must be valid WebAssembly.") from error
     except TimeoutError as error:
-        text = f"plugin {manifest.id!r} couldn't be compiled: {error}"
+        text = f"plugin {manifest.id!r} couldn't be compiled: {said(error)}"
         raise LoadFailed(text, manifest.id, hint="Raise the host's compile_timeout if the code is trusted.") from error
     except OSError as error:
-        text = f"plugin {manifest.id!r} couldn't be compiled: {cut(str(error))}"
+        text = f"plugin {manifest.id!r} couldn't be compiled: {said(error)}"
         raise LoadFailed(text, manifest.id, hint="Code is compiled by a child process; try again.") from error
-    shape = shape_of_code(manifest.id, wasm)
+    shape = shape_of_code(manifest.id, compiled.outline)
     check(manifest, shape)
     return Build(manifest, sha256, compiled, shape)
 

@@ -27,6 +27,7 @@ from persistency.sweeps import as_bytes
 ID_BYTES_MAX: Final = 128
 JSON_BYTES_MAX: Final = 1_048_576
 KV_BYTES_DEFAULT: Final = 1_048_576
+KV_KEYS_DEFAULT: Final = 100_000
 MEMORY_BYTES_MIN: Final = 65_536  # a page of WebAssembly
 MEMORY_BYTES_MAX: Final = 2**32  # what an i32 can point to
 MEMORY_BYTES_DEFAULT: Final = 64 * 1_048_576
@@ -42,13 +43,14 @@ _SLIPS = {"max_bytes": "max_size", "memory_bytes": "memory", "kv": "kvstore", "p
 class KVGrant:
     """The permission `kvstore`: a store of the plugin's own.
 
-    `reason`: what for, in the plugin author's words. `max_bytes`: of all its values together. `max_key_bytes`: of a
-    key, in UTF-8. `prefix`: what every key must begin with. `read_only`: the functions that write aren't there. Raises
-    `Misuse`.
+    `reason`: what for, in the plugin author's words. `max_bytes`: of all its values together, without their keys.
+    `max_keys`: how many keys there may be. `max_key_bytes`: of a key, in UTF-8. `prefix`: what every key must begin
+    with. `read_only`: the functions that write aren't there. Raises `Misuse`.
     """
 
     reason: str = ""
     max_bytes: int = KV_BYTES_DEFAULT
+    max_keys: int = KV_KEYS_DEFAULT
     max_key_bytes: int = TEXT_BYTES_MAX
     prefix: str = ""
     read_only: bool = False
@@ -122,8 +124,8 @@ class Manifest:
         """Return the manifest that a mapping, a JSON text, or the JSON file at a path is; one that is one, as it is.
 
             {"id": "weather",
-             "permissions": {"kvstore": {"reason": "forecasts", "max_size": "1MB", "max_key_bytes": 256,
-                                         "prefix": "w:", "read_only": false},
+             "permissions": {"kvstore": {"reason": "forecasts", "max_size": "1MB", "max_keys": 100000,
+                                         "max_key_bytes": 256, "prefix": "w:", "read_only": false},
                              "wasi": {"reason": "the time"}},
              "limits": {"memory": "16MB", "fuel": 1000000, "timeout": 5}}
 
@@ -209,12 +211,15 @@ def _read(path: os.PathLike[str]) -> str:
 
 
 class _Field(NamedTuple):
-    """A field: its name in a mapping, the attribute it becomes, and its check, which is told the path of the field."""
+    """A field: its name in a mapping, the attribute it becomes, and its check, which is told the path of the field.
+
+    `check_size`: that of a size in a mapping, where it may be a text.
+    """
 
     name: str
     attribute: str
     check: Callable[[Any, str], Any]
-    is_size: bool = False
+    check_size: Callable[[Any, str], Any] | None = None
 
 
 def _as_text(value: Any, path: str) -> str:
@@ -279,32 +284,35 @@ def _as_timeout(value: Any, path: str) -> float | None:
     return float(value)
 
 
-def _as_size(value: Any, path: str) -> Any:
-    """Return a size given as a text in bytes; what isn't a text, as it is: it is checked as a number then."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return as_bytes(value, path)
-    except ValueError as error:  # `Misuse` too: a number of thousands of digits is none that Python reads
-        raise Misuse(f'{path} must be a size, not {_shown(value)}: pass one like 1000000, "1MB" or "1MiB"') from error
+def _size(name: str, attribute: str, least: int, most: int, example: int) -> _Field:
+    """Return the field of a size: a number of bytes, or in a mapping a text too."""
+    millions = example // 1_000_000
+    check_number = _count(least, most, f'a size like {example}, "{millions}MB" or "{millions}MiB"')
+
+    def check(value: Any, path: str) -> int | None:
+        if isinstance(value, str):
+            try:
+                value = as_bytes(value, path)
+            except ValueError as error:  # `Misuse` too: a number of thousands of digits is none that Python reads
+                text = f'{path} must be a size, not {_shown(value)}: pass one like 1000000, "1MB" or "1MiB"'
+                raise Misuse(text) from error
+        return check_number(value, path)
+
+    return _Field(name, attribute, _count(least, most, f"a number of bytes like {example}"), check)
 
 
 _KVSTORE = (
     _Field("reason", "reason", _as_text),
     # 0 would be no store to one reader, and one without a limit to another.
-    _Field("max_size", "max_bytes", _count(1, _NUMBER_MAX, 'a size like 1000000, "1MB" or "1MiB"'), is_size=True),
+    _size("max_size", "max_bytes", 1, _NUMBER_MAX, 1_000_000),
+    _Field("max_keys", "max_keys", _count(1, _NUMBER_MAX, f"one like {KV_KEYS_DEFAULT}")),
     _Field("max_key_bytes", "max_key_bytes", _count(1, TEXT_BYTES_MAX, f"one like {TEXT_BYTES_MAX}")),
     _Field("prefix", "prefix", _as_text),
     _Field("read_only", "read_only", _as_flag),
 )
 _WASI = (_Field("reason", "reason", _as_text),)
 _LIMITS = (
-    _Field(
-        "memory",
-        "memory_bytes",
-        _count(MEMORY_BYTES_MIN, MEMORY_BYTES_MAX, 'a size like 16000000, "16MB" or "16MiB"'),
-        is_size=True,
-    ),
+    _size("memory", "memory_bytes", MEMORY_BYTES_MIN, MEMORY_BYTES_MAX, 16_000_000),
     _Field("fuel", "fuel", _count(1, _NUMBER_MAX, "one like 1000000, or leave it out", optional=True)),
     _Field("timeout", "timeout", _as_timeout),
 )
@@ -325,11 +333,9 @@ def _checked(given: Any, fields: Sequence[_Field], plugin: str, path: str) -> di
         if each.name not in given:
             continue
         value, where = given[each.name], f"{plugin}{path}.{each.name}"
-        if each.is_size:
-            if value in (None, ""):
-                continue  # it says nothing: the default
-            value = _as_size(value, where)
-        found[each.attribute] = each.check(value, where)
+        if each.check_size is not None and value in (None, ""):
+            continue  # it says nothing: the default
+        found[each.attribute] = (each.check_size or each.check)(value, where)
     return found
 
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from weakref import WeakSet
 
 from persistency import Closed, KVStore, Misuse, Reply
 from persistency.arguments import as_payload, as_seconds
@@ -89,6 +90,7 @@ class Owner(Protocol):
     crew: Crew
     epochs: Epochs
     calls_wait: float
+    lined_up: set[Plugin]  # those in whose line somebody may wait
 
     def check_here(self) -> None:
         """Raise `Forked` in a forked child."""
@@ -110,6 +112,7 @@ class Plugin:
         self._line: Line[Call, Version] = Line(calls_max, version)
         self._closed = False
         self.id: str = version.build.manifest.id
+        everywhere.add(self)
 
     @property
     def manifest(self) -> Manifest:
@@ -164,6 +167,7 @@ class Plugin:
         try:
             self._owner.crew.run(made)
         except RuntimeError as error:  # there is no thread, and there can be none
+            self._line.count("busy")
             made.fail(PluginBusy(f"plugin {self.id!r}: no thread could be started for a call", self.id), error)
         return reply
 
@@ -207,10 +211,11 @@ class Plugin:
         for waiting in self._line.shut():
             waiting.refuse(self._is_closed())
 
-    def _look(self, now: float) -> None:
-        """Turn those away that have waited too long."""
+    def _look(self, now: float) -> bool:
+        """Turn those away that have waited too long; return whether others wait."""
         for late in self._line.overdue(now):
             late.refuse(late.too_late())
+        return self._line.has_waiting()
 
     def _become(self, version: Version) -> None:
         """Be another version, for every call that gets a place from now on."""
@@ -231,6 +236,9 @@ class Plugin:
         """Go on after a pause."""
         for granted in self._line.resume():
             self._owner.crew.run(granted)
+
+
+everywhere: WeakSet[Plugin] = WeakSet()
 
 
 class Call:
@@ -281,6 +289,7 @@ class Call:
             return True
         if not entered:
             self._waited = True
+            self._plugin._owner.lined_up.add(self._plugin)
             self.future.add_done_callback(self._withdraw)
         return entered
 
@@ -325,7 +334,7 @@ class Call:
                 self._awaited = True
                 outcome, tell = self._made()
         finally:
-            self._data = b""  # it may be large, and somebody may keep the future
+            self._data, self.granted = b"", None  # they may be large, and somebody may keep the future
             following = self._plugin._line.leave(outcome)
         return tell, following
 

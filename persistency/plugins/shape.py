@@ -35,11 +35,15 @@ class Import(NamedTuple):
 
 
 class Export(NamedTuple):
-    """Something a module exports: a function's `signature`, or how many `pages` a memory has at the beginning."""
+    """Something a module exports: a function's `signature`, or how many `pages` a memory has at the beginning.
+
+    `imported`: it is one of the functions it imports.
+    """
 
     kind: str
     signature: Signature | None
     pages: int
+    imported: bool
 
 
 class Shape(NamedTuple):
@@ -123,6 +127,7 @@ class _Reading:
             kind,
             self._functions[index] if kind == FUNCTION else None,
             self._pages[index] if kind == MEMORY else 0,
+            kind == FUNCTION and index < len(self._shape.imports),
         )
         return True
 

@@ -1,17 +1,20 @@
 """The wasi permission: a clock, randomness, and output that becomes lines in the host's log; nothing else.
 
 It is wasmtime's WASI preview 1 with no arguments, no environment, no files and no sockets: those functions are there,
-because the libraries of languages ask for them, and answer that there is nothing. Two of them are ours:
+because the libraries of languages ask for them, and answer that there is nothing. Three of them are ours:
 
 - `fd_write`. wasmtime would hand output to Python in threads of its own, which abort the process if it ends just then.
 - `poll_oneoff`. wasmtime's sleeps for as long as it is told, and nothing interrupts a guest that is in there. Ours
   sleeps until the end of the call at most, and then answers `INTR`. Of files only the three that are always there are
   ever ready.
+- `random_get`. wasmtime's fills gigabytes at one go, and nothing interrupts a guest that is in there. Ours looks at the
+  time after each piece.
 
 Rules:
   1. A call has its own output: so many lines, of so many bytes, and then it is only counted.
   2. What a guest writes reaches the log as printable characters, a record for each line, with the plugin's id.
-  3. Our functions never raise: what nobody foresaw is kept in the call's context, and the guest gets `IO`.
+  3. Our functions never raise: what nobody foresaw is kept in the call's context, and the guest gets `IO`. When the
+     call is over they do nothing: the guest gets `INTR`, and is stopped at its next loop or call of its own.
 
 Doesn't know: which plugin may have it, how a call is made, where the log goes.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import struct
 import threading
 import time
@@ -52,6 +56,7 @@ LINES_PER_CALL_MAX: Final = 100
 LINE_BYTES_MAX: Final = 4_096
 _WRITE_BYTES_MAX = 16_384  # taken by one `fd_write`; libraries write the rest by another
 _BUFFERS_MAX = 1_024  # of one `fd_write`, and subscriptions of one `poll_oneoff`
+_RANDOM_BYTES = 65_536  # between two looks at the time
 
 # WASI's error numbers.
 _SUCCESS, _BADF, _FAULT, _INTR, _INVAL, _IO = 0, 8, 21, 27, 28, 29
@@ -82,6 +87,8 @@ def define(linker: Linker) -> None:
     kind = FuncType([ValType.i32()] * 4, [ValType.i32()])
     linker.define_func(MODULE, "fd_write", kind, _guarded(_fd_write), access_caller=True)
     linker.define_func(MODULE, "poll_oneoff", kind, _guarded(_poll_oneoff), access_caller=True)
+    kind = FuncType([ValType.i32()] * 2, [ValType.i32()])
+    linker.define_func(MODULE, "random_get", kind, _guarded(_random_get), access_caller=True)
     linker.allow_shadowing = False
 
 
@@ -159,6 +166,8 @@ def _guarded(body: Callable[..., int]) -> Callable[..., int]:
 
     def guarded(caller: Caller, *arguments: int) -> int:
         try:
+            if current.call is not None and not current.call.remaining():
+                return _INTR
             memory = caller.get(abi.MEMORY)
             if not isinstance(memory, Memory):
                 return _FAULT
@@ -188,6 +197,18 @@ def _fd_write(memory: GuestMemory, fd: int, buffers_at: int, buffers: int, writt
         data += memory.read(at, min(size, _WRITE_BYTES_MAX - len(data)))
     output.write(_STREAMS[fd], data)
     memory.write(written_at, struct.pack("<I", len(data)))
+    return _SUCCESS
+
+
+def _random_get(memory: GuestMemory, at: int, size: int) -> int:
+    """Fill a place with random bytes; when the call is over in the middle of it, the rest is left as it is."""
+    memory.check(at, size)
+    call = current.call
+    assert call is not None, "no call is noted down for this thread"
+    for place in range(at, at + size, _RANDOM_BYTES):
+        if not call.remaining():
+            return _INTR
+        memory.write(place, os.urandom(min(_RANDOM_BYTES, at + size - place)))
     return _SUCCESS
 
 
