@@ -136,6 +136,19 @@ def test_wrong_options_are_refused(p: Persistency, options: dict[str, Any], wron
         PluginHost("data")  # type: ignore[arg-type]  # a path isn't enough
 
 
+# What is to be done about what is wrong with code, where the error's usual words wouldn't tell.
+HINTS = {
+    "couldn't be compiled": "See the cause; the module must be valid WebAssembly.",
+    "no memory named": "Have it export, as 'memory', the memory that its pointers point into.",
+    "no function 'alloc'": "Have it export 'alloc', of the type (i32) -> (i32).",
+    "imports a memory": "Build the plugin with a memory of its own.",
+    "imports a table": "Build the plugin with a table of its own.",
+    "imports a global": "Build the plugin with a global of its own.",
+    "bytes of memory": "Raise limits.memory in the manifest, or build the plugin with less.",
+    "and it is": "Build the plugin for this version of the ABI.",
+}
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -166,6 +179,8 @@ def test_code_that_is_no_plugin_is_refused(host: PluginHost, code: bytes, said: 
     assert type(error) is LoadFailed
     assert error.plugin == "bad"
     assert said in str(error)
+    hint = next((hint for part, hint in HINTS.items() if part in said), LoadFailed.hint)
+    assert error.hint == hint
     with pytest.raises(PluginNotFound):
         host.plugin("bad")
     assert host.persistency.stored_jobs() == []
@@ -274,6 +289,11 @@ def test_every_function_that_was_not_granted_is_named(host: PluginHost) -> None:
         "persistency.kv_erase (there is no such function), wasi_snapshot_preview1.fd_write (permission wasi), "
         "env.abort (there is no such function)"
     )
+    assert error.hint == "No permission grants what isn't there: build the plugin without it."
+    code = module(imported("persistency", "kv_get", "i32 i32 i32 i32"), MEMORY)
+    error = host.load({"id": "greedy"}, code).exception(WAIT)
+    assert isinstance(error, PermissionDenied)
+    assert error.hint == "Grant it in the manifest's permissions, or build the plugin without it."
     assert host.persistency.stored_jobs() == []
     assert len(host) == 0
 

@@ -59,6 +59,7 @@ EXPORTS_MAX: Final = 1_000
 IMPORTS_MAX: Final = 1_000
 NAMES_CHARACTERS_MAX: Final = 65_536
 _NAMED_MAX = 20  # functions, in a message
+_NOBODY_HAS = "there is no such function"
 _CALLABLE: Final[Signature] = (("i32", "i32"), ("i64",))
 _ALLOC: Final[Signature] = (("i32",), ("i32",))
 _INITIALIZE: Final[Signature] = ((), ())
@@ -213,7 +214,8 @@ def _callable(exports: Mapping[str, Export]) -> frozenset[str]:
 def _check_exports(plugin_id: str, exports: Mapping[str, Export], memory_bytes: int) -> None:
     memory = exports.get(abi.MEMORY)
     if memory is None or memory.kind != MEMORY:
-        raise LoadFailed(f"plugin {plugin_id!r} exports no memory named {abi.MEMORY!r}", plugin_id)
+        hint = f"Have it export, as {abi.MEMORY!r}, the memory that its pointers point into."
+        raise LoadFailed(f"plugin {plugin_id!r} exports no memory named {abi.MEMORY!r}", plugin_id, hint=hint)
     least = memory.pages * PAGE_BYTES
     if least > memory_bytes:
         raise LoadFailed(
@@ -227,7 +229,8 @@ def _check_exports(plugin_id: str, exports: Mapping[str, Export], memory_bytes: 
         if name in exports and exports[name].imported:
             raise LoadFailed(f"plugin {plugin_id!r}: its export {name!r} is a function it imports", plugin_id)
     if abi.ALLOC not in exports and _callable(exports):
-        raise LoadFailed(f"plugin {plugin_id!r} exports no function {abi.ALLOC!r}: arguments have no place", plugin_id)
+        text = f"plugin {plugin_id!r} exports no function {abi.ALLOC!r}: arguments have no place"
+        raise LoadFailed(text, plugin_id, hint=f"Have it export {abi.ALLOC!r}, of the type {_shown(_ALLOC)}.")
 
 
 def _check_imports(
@@ -244,7 +247,7 @@ def _check_imports(
         shown = cut(name if name.isprintable() else repr(name), 200)
         if each.kind != FUNCTION or each.signature is None:
             text = f"plugin {plugin_id!r} imports a {each.kind}, {shown}: only functions can be imported"
-            raise LoadFailed(text, plugin_id)
+            raise LoadFailed(text, plugin_id, hint=f"Build the plugin with a {each.kind} of its own.")
         wanted = granted.get((each.module, each.name))
         if wanted is not None:
             if each.signature != wanted:
@@ -259,7 +262,9 @@ def _check_imports(
         names = list(denied.values())
         more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
         text = f"plugin {plugin_id!r} imports what it wasn't granted: {', '.join(names[:_NAMED_MAX])}{more}"
-        raise PermissionDenied(text, plugin_id, list(denied))
+        lacking = any(why.endswith(f"({_NOBODY_HAS})") for why in names)
+        hint = "No permission grants what isn't there: build the plugin without it." if lacking else None
+        raise PermissionDenied(text, plugin_id, list(denied), hint=hint)
 
 
 def _why(module: str, name: str) -> str:
@@ -269,7 +274,7 @@ def _why(module: str, name: str) -> str:
         return f"permission {signature.service}" + (", not read_only" if signature.writes else "")
     if module == wasi.MODULE and name in wasi.FUNCTIONS:
         return "permission wasi"
-    return "there is no such function"
+    return _NOBODY_HAS
 
 
 def _signature(parameters: str) -> Signature:
