@@ -34,19 +34,18 @@ from persistency.registry import Opener, Site
 from persistency.slots import Slots
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.files import real_root
-from persistency.storage.port import Durability
-from persistency.storage.reading import SqliteReader
+from persistency.storage.port import Durability, Root
 from persistency.sweeps import Sweeping
 
 MEMORY = ":memory:"
 
 # A site lives as long as a Persistency or a worker on it does.
-_sites: weakref.WeakValueDictionary[Path, Site] = weakref.WeakValueDictionary()
+_sites: weakref.WeakValueDictionary[Path | str, Site] = weakref.WeakValueDictionary()
 _sites_lock = threading.RLock()  # a signal handler may make a Persistency too
 
 
-def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
-    """Return what this process knows of a root, and its real path; memory is nobody else's."""
+def _site(root: str | PathLike[str]) -> tuple[Site, Path | str | None]:
+    """Return what this process knows of a root, and its real path or URL; memory is nobody else's."""
     if not isinstance(root, str | PathLike) or not isinstance(fspath(root), str):
         raise Misuse(f"root must be a path, not {type(root).__name__}: pass a directory, or ':memory:'")
     if root == MEMORY:
@@ -55,15 +54,26 @@ def _site(root: str | PathLike[str]) -> tuple[Site, Path | None]:
         return Site(MemoryRoot()), None
     if not root:
         raise Misuse("root is empty: pass a directory, or ':memory:'")
-    if isinstance(root, str) and "://" in root:
-        scheme = root.partition("://")[0]
-        raise Misuse(f"root names an engine that isn't there, {scheme!r}: pass a directory, or ':memory:'")
-    path = real_root(root)
+    place: Path | str = root if isinstance(root, str) and "://" in root else real_root(root)
     with _sites_lock:
-        site = _sites.get(path)
+        site = _sites.get(place)
         if site is None:
-            site = _sites[path] = Site(DirectoryRoot(path))
-        return site, path
+            site = _sites[place] = Site(_on_server(place) if isinstance(place, str) else DirectoryRoot(place))
+        return site, place
+
+
+def _on_server(url: str) -> Root:
+    """Return the root that a URL names. Raises `Misuse`."""
+    scheme = url.partition("://")[0]
+    if scheme not in ("postgresql", "postgres"):
+        raise Misuse(f"root names an engine that isn't there, {scheme!r}: pass a directory, or ':memory:'")
+    try:
+        from persistency.storage.postgres.address import parsed  # only here: it needs an extra
+        from persistency.storage.postgres.root import PostgresRoot
+    except ImportError as error:
+        hint = "Install it with: pip install 'persistency[postgres]'"
+        raise Misuse(f"a root on PostgreSQL needs psycopg 3, which can't be imported: {error}", hint=hint) from error
+    return PostgresRoot(parsed(url))
 
 
 class Persistency(Sweeping, Reading):
@@ -106,7 +116,7 @@ class Persistency(Sweeping, Reading):
         self._site, self._path = _site(root)
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
-        self._readers = Readers(SqliteReader)
+        self._readers = Readers()
         self._options: dict[str, Any] = {}  # what `instance` was first called with
         forget = _forgetter(weakref.ref(self))
         self._opener = Opener(self._read_ms, self._exit_timeout, slots, forget, as_seconds(slow_after, "slow_after"))
@@ -149,8 +159,8 @@ class Persistency(Sweeping, Reading):
 
     @property
     def root(self) -> str:
-        """The root's real path, or `":memory:"`."""
-        return MEMORY if self._path is None else str(self._path)
+        """The root's real path, `":memory:"`, or its URL without the password."""
+        return self._site.root.name
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 

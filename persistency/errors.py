@@ -171,6 +171,12 @@ class JobLocked(PersistencyError):
         self.pid = pid
 
 
+class LeaseLost(PersistencyError):
+    """Another owner has taken the job over, after this one's lease had run out: nothing more can be written here."""
+
+    hint = "Close the job and open it again, unless its new owner is to keep it."
+
+
 class FeedTruncated(PersistencyError):
     """The changes asked for are no longer kept. `oldest` is the first version that still is."""
 

@@ -27,12 +27,15 @@ from persistency.codec.keys import Key
 from persistency.errors import FeedTruncated, Misuse, Overloaded
 from persistency.job import Job
 from persistency.ops import Change, KeyLike
+from persistency.reader import Reader
 
 _NO_VERSION = 2**62  # above every version there can be
 
 
 class ChangeFeed:
     """The changes of a job that was opened with `feed_changes_max`, as they are committed.
+
+    `job` is a job that is open here; or, where jobs are on PostgreSQL, a reader of one that another process owns.
 
     `category`, and a `prefix` in it (a tuple or `Key`: that key and its children; a `RawKey`: the keys that start with
     its bytes), leave out all others; a range delete is cut to what it takes of them. Without `after` the feed follows
@@ -66,15 +69,17 @@ class ChangeFeed:
 
     def __init__(
         self,
-        job: Job,
+        job: Job | Reader,
         category: str | None = None,
         prefix: KeyLike | None = None,
         *,
         after: int | None = None,
         page: int = 256,
     ) -> None:
-        if not isinstance(job, Job):
+        if not isinstance(job, Job | Reader):
             raise Misuse(f"job must be a Job, not {type(job).__name__}: pass what open_job gave")
+        if isinstance(job, Reader):
+            job._check_told()
         if category is not None:
             as_category(category)
         elif prefix is not None:
@@ -223,7 +228,7 @@ class ChangeFeed:
         try:
             reply = self._job.changes(self._after, self._page, wait=self._waits)
         except Overloaded:
-            reply = self._job.drain().map(_no_changes)
+            reply = _room(self._job).map(_no_changes)
         self._asked = reply
         if self._closed:  # meanwhile, and whoever did it hasn't seen the reply
             self._take_back(reply)
@@ -253,17 +258,24 @@ class ChangeFeed:
         return f"<ChangeFeed{of} of {self._job!r}{' (closed)' if self._closed else ''}>"
 
 
-def _asked_version(job: Job) -> Reply[int]:
+def _asked_version(job: Job | Reader) -> Reply[int]:
     """Ask a job that keeps changes for its version; a thread waits for room, if need be. Raises `Misuse`."""
+    kept = False
     while True:
         try:
-            version = job.version()
-            job.changes(_NO_VERSION, 1).cancel()  # refused where none are kept
-            return version
+            if not kept:
+                job.changes(_NO_VERSION, 1).cancel()  # refused where none are kept
+                kept = True  # one request after the other: there may be room for one at a time
+            return job.version()
         except Overloaded:
             if running_loop() is not None:
                 raise
-            job.drain().result()
+            _room(job).result()
+
+
+def _room(job: Job | Reader) -> Reply[None]:
+    """Return a reply that is settled when there is room for a request."""
+    return job.drain() if isinstance(job, Job) else job._pace()
 
 
 def _wants(_reply: Any) -> None:

@@ -3,7 +3,7 @@
 Rules:
   1. It asks nothing of the job's owner and holds nothing of the file between two reads: it never keeps anybody waiting.
   2. It sees what was committed before the read began; what waits in the owner's mailbox it doesn't.
-  3. Nobody tells a reader of a commit: it has no request that waits for one.
+  3. Where jobs are files nobody tells a reader of a commit: there it has no request that waits for one.
   4. Under an event loop another thread reads: how long a file is in use, some other process decides.
 
 Doesn't know: which engine stores the rows, who owns the job.
@@ -31,7 +31,7 @@ from persistency.ops import Change
 from persistency.options import JobOptions
 from persistency.reads import Reads
 from persistency.registry import Site
-from persistency.storage.port import Store
+from persistency.storage.port import Following, Readable, Store
 
 _OPTIONS = JobOptions(inline=False)
 
@@ -39,21 +39,27 @@ _OPTIONS = JobOptions(inline=False)
 class Reader(Reads):
     """A read-only view of a job. Made by `Persistency.open_reader`; any thread and any event loop may use it."""
 
-    __slots__ = ("_worker",)
+    __slots__ = ("_told", "_worker")
 
-    def __init__(self, job_id: str, path: Path, mailbox: Mailbox, worker: Worker) -> None:
+    def __init__(self, job_id: str, path: Path | None, mailbox: Mailbox, worker: Worker) -> None:
         super().__init__(job_id, path, mailbox, worker.clock.look_ms, keeps_changes=True)
         self._worker = worker
+        self._told = isinstance(worker.store, Following)  # of what others commit
 
     def changes(self, after: int, limit: int, *, wait: bool = False) -> Reply[list[Change]]:
         """Ask for the first `limit` changes with a version above `after`, of a job that keeps them.
 
         The reply raises `FeedTruncated` if one of them is no longer kept, and `Misuse` if the job keeps none. To `wait`
-        for one is `Misuse` as well: nobody would tell. Ask again later.
+        for one is `Misuse` as well where jobs are files: nobody would tell. Ask again later.
         """
         if as_flag(wait, "wait"):
+            self._check_told()
+        return super().changes(after, limit, wait=wait)
+
+    def _check_told(self) -> None:
+        """Raise `Misuse` if nobody tells this reader of what its owner commits, so that it can't wait for that."""
+        if not self._told:
             raise Misuse(f"a reader of job {self.id!r} can't wait for changes: ask again later, without wait")
-        return super().changes(after, limit)
 
     def close(self) -> None:
         """Answer what was asked for and give everything up; a second call is nothing."""
@@ -80,31 +86,34 @@ class Reader(Reads):
 
 
 class Readers:
-    """The readers that one `Persistency` has open; one that is dropped leaves by itself.
+    """The readers that one `Persistency` has open; one that is dropped leaves by itself."""
 
-    `look_into` opens what a reader reads from: a job's file, by the job's id, at a time.
-    """
-
-    def __init__(self, look_into: Callable[[Path, str, int], Store]) -> None:
-        self._look_into = look_into
+    def __init__(self) -> None:
         self._closed = False
         self._open: dict[int, weakref.ref[Reader]] = {}
 
     def opening(
-        self, job_id: str, path: Path, read_ms: Callable[[], int], exit_timeout: float
+        self, job_id: str, root: Readable, path: Path | None, read_ms: Callable[[], int], exit_timeout: float
     ) -> Generator[Reply[None], None, Reader]:
         """Open a reader of a job; yields the reply to wait for."""
         mailbox = Mailbox(_OPTIONS.bounds)
         failures = FailureLog(job_id, None, mailbox.never_waits)
+
+        def open_store() -> Store:
+            store = root.look_into(job_id, read_ms())
+            if isinstance(store, Following):
+                store.follow(mailbox.ring)
+            return store
+
         worker = Worker(
             job_id,
             mailbox,
             failures,
-            open_store=lambda: self._look_into(path, job_id, read_ms()),
+            open_store=open_store,
             clock=Clock(read_ms),
             name_ops=name_ops,
             stall_timeout=0.0,
-            waiters_max=0,
+            waiters_max=_OPTIONS.requests_max,
         )
         worker.closed.add_done_callback(lambda _closed: lifecycle.forget(worker))
         try:
@@ -157,7 +166,8 @@ class Reading(Closing):
 
     def _reading(self, job_id: str) -> Generator[Reply[None], None, Reader]:
         self._check_open()
-        path = self._site.root.path(job_id)
-        if path is None:
+        root = self._site.root
+        path = root.path(job_id)
+        if not isinstance(root, Readable):
             raise Misuse("jobs in memory have no readers: read them through their own handles")
-        return self._readers.opening(job_id, path, self._read_ms, self._exit_timeout)
+        return self._readers.opening(job_id, root, path, self._read_ms, self._exit_timeout)

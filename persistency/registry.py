@@ -136,7 +136,7 @@ class Site:
     def restore(self, job_id: str, path: Path) -> Generator[Reply[Any], Any, None]:
         """Put a backup in the place of a job that nobody here has open."""
         if not isinstance(self.root, Restoring):
-            raise Misuse("jobs in memory can't be restored: use a directory, or import_() an export")
+            raise Misuse("jobs that have no files can't be restored: use a directory, or import_() an export")
         restore = self.root.restore
         yield from self._alone(job_id, lambda: restore(job_id, path), aside=False)
 
@@ -210,9 +210,8 @@ class Site:
     def _new(self, job_id: str, options: JobOptions, opener: Opener) -> _Entry:
         mailbox = Mailbox(options.bounds)
         failures = FailureLog(job_id, options.on_error, mailbox.never_waits)
-        # What is in memory only would be gone after a rest.
-        in_memory = self.root.path(job_id) is None
-        place = None if opener.slots is None or in_memory else opener.slots.place(mailbox)
+        # What doesn't outlive its store would be gone after a rest.
+        place = None if opener.slots is None or not self.root.lasting else opener.slots.place(mailbox)
         clock = Clock(opener.read_ms)
         expires_ms = None if options.ttl_ms is None else clock.look_ms() + options.ttl_ms
 

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 from persistency import Persistency
+from tests import postgres
 from tests.loops import in_loop
 
 __all__ = ["in_loop"]  # a fixture, for every test
 
 # A job in the background of a shell without job control is started with SIGINT ignored, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionfinish() -> None:
+    """Leave nothing on a server that is somebody else's."""
+    postgres.drop_schemas()
+
 
 T0_MS = 1_700_000_000_000
 

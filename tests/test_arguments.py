@@ -31,6 +31,7 @@ from persistency import (
     JobLocked,
     JobNotFound,
     KeyRange,
+    LeaseLost,
     Misuse,
     Op,
     Overloaded,
@@ -575,7 +576,15 @@ BAD_ROOTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a NUL": (lambda folder: f"{folder}/a\0b", "root"),
     "a NUL in the middle": (lambda folder: f"{folder}/a\0b/c", "root"),
     "a URL of an unknown scheme": (lambda _folder: "redis://localhost/0", "redis"),
-    "a URL of an engine that isn't there": (lambda _folder: "postgresql://localhost/db", "postgresql"),
+    "a URL of an engine that isn't there": (lambda _folder: "mysql://localhost/db", "mysql"),
+    "a URL with a parameter that isn't one": (
+        lambda _folder: "postgresql://h/db?persistency_leese=5",
+        "persistency_leese",
+    ),
+    "a URL with a parameter out of bounds": (
+        lambda _folder: "postgresql://h/db?persistency_lease=0",
+        "persistency_lease",
+    ),
 }
 
 
@@ -791,6 +800,7 @@ ERRORS: list[tuple[PersistencyError, bool]] = [
     (WriteFailed([FAILURE], 3), False),
     (Poisoned("words"), False),
     (JobLocked("words", 42), True),
+    (LeaseLost("words"), False),
     (FeedTruncated(7), False),
     (SchemaTooNew("words"), False),
     (StorageError("words", 266), False),

@@ -461,7 +461,7 @@ def completed(*words: str | Path) -> list[str]:
 
 def test_a_shell_is_offered_jobs_and_categories(root: Path, tmp_path: Path) -> None:
     """Commands, job ids and the categories of the job are completed; where nothing can be known nothing is offered."""
-    assert completed("co") == ["count", "compact"]
+    assert completed("co") == ["count", "copy", "compact"]
     assert completed("scan", root, "u") == ["users"]
     assert completed("scan", root, "users", "-c", "o") == ["other"]
     assert completed("scan", tmp_path / "none", "users", "-c", "o") == []

@@ -23,6 +23,7 @@ EXTRAS = {
     "langgraph": ["langgraph"],
     "django": ["django"],
     "lmdb": ["lmdb"],
+    "postgres": ["psycopg"],
     "plugins": ["wasmtime"],
 }
 
@@ -112,6 +113,24 @@ def test_a_missing_integration_names_its_extra(extra: str) -> None:
         f"try:\n    import {module}\nexcept ImportError as error:\n    print(error.name)", without=EXTRAS[extra]
     )
     assert caught.stdout == f"{EXTRAS[extra][0]}\n"
+
+
+def test_a_missing_driver_names_its_extra() -> None:
+    """A root on PostgreSQL is refused in one line where the driver is missing; it is loaded for nothing else."""
+    program = """
+import sys
+from persistency import Misuse, Persistency
+assert "psycopg" not in sys.modules
+try:
+    Persistency("postgresql://user:secret@host/db")
+except Misuse as error:
+    print(error, error.hint)
+"""
+    ended = run(program, without=EXTRAS["postgres"])
+    assert "pip install 'persistency[postgres]'" in ended.stdout, ended.stderr
+    assert "secret" not in ended.stdout
+    assert len(ended.stdout.splitlines()) == 1
+    assert run(program).stdout == ""
 
 
 @pytest.mark.parametrize(("extra", "inner"), [("prometheus", "http"), ("opentelemetry", "contextvars")])

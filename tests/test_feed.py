@@ -49,8 +49,10 @@ from persistency.actor.waiters import Waiters
 from persistency.feed import ChangeFeed
 from persistency.storage.memory import MemoryStore
 from persistency.storage.port import PLACES, ListChanges
+from persistency.storage.postgres.store import PostgresStore
 from persistency.storage.sqlite import SqliteStore
 from tests.loops import LOOPS, GivenUp, InLoop, Task, in_thread, together
+from tests.postgres import fresh_url
 
 WAIT = 20.0  # seconds a test waits for what must come
 START = 1_700_000_000.0  # the Unix time at which the clock of a test begins
@@ -74,9 +76,11 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["memory", "directory"])
+@pytest.fixture(params=["memory", "directory", "server"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
-    """Name a root of either kind."""
+    """Name a root of each kind."""
+    if request.param == "server":
+        return fresh_url()
     return ":memory:" if request.param == "memory" else tmp_path / "root"
 
 
@@ -896,7 +900,7 @@ def test_between_steps_nothing_waits_and_nothing_is_asked(
 ) -> None:
     """A feed asks only while a step is taken; whatever is written meanwhile, the store hears nothing of it."""
     asked: list[Any] = []
-    for kind in (MemoryStore, SqliteStore):
+    for kind in (MemoryStore, SqliteStore, PostgresStore):
 
         def apply(store: Any, group: Any, now_ms: int, real: Any = kind.apply) -> Any:
             asked.extend(message for message in group[1::PLACES] if isinstance(message, ListChanges))
@@ -1232,6 +1236,7 @@ def test_a_request_in_the_hands_of_the_job_is_taken_back_too(
 
     monkeypatch.setattr(Job, "changes", telling)
     feed = ChangeFeed(job)
+    job.version().result(WAIT)  # and so the feed knows where it begins
     first, second = Hold(job).hold(), Hold(job)
     answer = job.run(second)  # with what follows it is the next group
 
@@ -1400,6 +1405,7 @@ def test_a_step_waits_for_room(persistency: Persistency, drained: threading.Sema
     """Where the mailbox is full of requests a thread's step waits, though the job was opened with on_full='raise'."""
     job = persistency.open_job("job", feed_changes_max=MANY, requests_max=2, on_full="raise")
     feed = ChangeFeed(job)
+    job.version().result(WAIT)  # and so the feed knows where it begins
     hold = Hold(job).hold()
     full = [job.get("c", ()) for _ in range(2)]
     consumer = Consumer(feed, 1)
@@ -1416,6 +1422,7 @@ def test_a_step_in_an_event_loop_waits_for_room(
     """There too; only making a feed can't wait, and is refused."""
     job = persistency.open_job("job", feed_changes_max=MANY, requests_max=2)
     feed = ChangeFeed(job)
+    job.version().result(WAIT)  # and so the feed knows where it begins
     hold = Hold(job).hold()
 
     async def follow() -> Change:

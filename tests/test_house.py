@@ -135,6 +135,26 @@ FLOORS = [
     "actor.failures",
     "actor.tally",
     "actor",
+    "storage.postgres",
+    "storage.postgres.root",
+    "storage.postgres.store",
+    "storage.postgres.reading",
+    "storage.postgres.bell",
+    "storage.postgres.standing",
+    "storage.postgres.draft",
+    "storage.postgres.writes",
+    "storage.postgres.overlay",
+    "storage.postgres.cover",
+    "storage.postgres.reads",
+    "storage.postgres.books",
+    "storage.postgres.ownership",
+    "storage.postgres.pool",
+    "storage.postgres.schema",
+    "storage.postgres.session",
+    "storage.postgres.connecting",
+    "storage.postgres.faults",
+    "storage.postgres.address",
+    "storage.postgres.packing",
     "storage.directory",
     "storage.reading",
     "storage.snapshots",
@@ -174,7 +194,15 @@ FLOORS = [
     "errors",
     "logfields",
 ]
-ADAPTERS = {"storage.directory", "storage.sqlite", "storage.reading", "storage.memory"}
+ADAPTERS = {
+    "storage.directory",
+    "storage.sqlite",
+    "storage.reading",
+    "storage.memory",
+    "storage.postgres.root",
+    "storage.postgres.store",
+    "storage.postgres.reading",
+}
 
 # Each outside thing has one door.
 DOORS = {
@@ -204,6 +232,7 @@ DOORS = {
         "transaction",
         "actor.",
         "storage.openings",
+        "storage.postgres",
         "cli",
         "plugins",
         "integrations",
@@ -218,6 +247,7 @@ DOORS = {
     "pickle": ("integrations.django.values", "integrations.migration.pickles"),
     "sqlite3": ("integrations.migration.foreign",),
     "lmdb": ("integrations.migration.lmdb",),
+    "psycopg": ("storage.postgres",),
     "wasmtime": ("plugins",),
     "pytest": (),
 }
@@ -313,7 +343,7 @@ def test_rooms_are_small_and_say_what_they_are(name: str) -> None:
 
 def test_no_room_is_empty() -> None:
     """Every module is imported by another one, or is a door to the outside."""
-    front = {"__init__", "__main__", "testing", "codec.fixed", "actor", "storage", "codec"}
+    front = {"__init__", "__main__", "testing", "codec.fixed", "actor", "storage", "storage.postgres", "codec"}
     used = {inner(imported) for path in MODULES.values() for _, imported in imports_of(path)}
     unused = {name for name in MODULES if name not in used and name not in front and not name.startswith("cli")}
     assert not unused - {name for name in unused if name.split(".")[0] in {"integrations", "recipes", "plugins"}}

@@ -1,8 +1,9 @@
 """A state machine that drives a job beside a plain dict: whatever is done, in whatever order, both say the same.
 
 The machine writes and reads by every verb, alone, within one group and inside `run`, steps the clock forward and back,
-reaps, closes and opens again, and drops the handle as a kill would: going on from the files as they are. Variants are
-both adapters, with and without a quota and a feed. `python -m tests.soak machine` runs the long form.
+reaps, closes and opens again, and drops the handle as a kill would: going on from the files as they are, or from
+the server, once the lease is over. Variants are
+all adapters, with and without a quota and a feed. `python -m tests.soak machine` runs the long form.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import apsw
@@ -57,9 +58,11 @@ from persistency.actor import upkeep
 from persistency.codec.values import decode, encode
 from persistency.errors import Corrupt
 from tests.loops import LOOPS
+from tests.postgres import fresh_url, sql, with_parameters
 
 WAIT = 20.0
 T0_MS = 1_700_000_000_000
+COLUMNS = "category, key, payload, version, expires_ms"  # of a row, in a file and on a server
 SLICE_ROWS = 3  # of reaping, so that a slice is seldom all
 
 CATEGORIES = ["c", "d", "é"]
@@ -605,13 +608,13 @@ def assert_all_same(given: list[Any], expected: list[Any]) -> None:
 class Variant:
     """What kind of job is driven. `reaps_itself`: else rows are reaped only when the machine says so."""
 
-    on_disk: bool
+    place: Literal["memory", "directory", "server"]
     quota: int | None = None
     feed: int = 0
     reaps_itself: bool = False
 
     def __str__(self) -> str:
-        parts = ["directory" if self.on_disk else "memory"]
+        parts: list[str] = [self.place]
         parts += ["quota"] if self.quota is not None else []
         parts += ["feed"] if self.feed else []
         parts += ["reaping"] if self.reaps_itself else []
@@ -619,8 +622,8 @@ class Variant:
 
 
 VARIANTS = [
-    Variant(on_disk, **options)  # type: ignore[arg-type]
-    for on_disk in (False, True)
+    Variant(place, **options)  # type: ignore[arg-type]
+    for place in ("memory", "server", "directory")
     for options in (
         {},
         {"reaps_itself": True, "quota": 200},
@@ -653,13 +656,18 @@ class Machine(RuleBasedStateMachine):
             self._patches.append(mock.patch.object(upkeep.Upkeep, "_may_reap", return_value=False))
         for patch in self._patches:
             patch.start()
-        self.root = str(Path(self.places.name) / "0") if variant.on_disk else ":memory:"
+        if variant.place == "server":
+            self.root = fresh_url()
+        else:
+            self.root = str(Path(self.places.name) / "0") if variant.place == "directory" else ":memory:"
         self._open()
 
     def _open(self, *, plain: bool = False) -> None:
         self.persistency = Persistency(self.root, clock=lambda: self.wall_ms / 1000)
-        options: dict[str, Any] = {"max_bytes": self.variant.quota, "feed_changes_max": self.variant.feed}
-        self.job = self.persistency.open_job("job", **({} if plain else options))
+        self.job = self.persistency.open_job("job", **self._options(plain=plain))
+
+    def _options(self, *, plain: bool) -> dict[str, Any]:
+        return {} if plain else {"max_bytes": self.variant.quota, "feed_changes_max": self.variant.feed}
 
     @initialize(caller=st.sampled_from(["thread", "asyncio", "trio"]))
     def choose_the_caller(self, caller: str) -> None:
@@ -839,7 +847,7 @@ class Machine(RuleBasedStateMachine):
             return list(self.model.rows.values())
         return [row for place in self.model.rows if (row := self.model.live(*place)) is not None]
 
-    @precondition(lambda self: self.variant.on_disk)
+    @precondition(lambda self: self.variant.place != "memory")
     @rule(step=st.sampled_from([0, 0, 1_000, -1_000, -3_600_000]))
     def close_and_open(self, step: int) -> None:
         """Close the job and open it again, by another clock perhaps."""
@@ -849,16 +857,23 @@ class Machine(RuleBasedStateMachine):
         self.wall_ms += step
         self._reopen()
 
-    @precondition(lambda self: self.variant.on_disk)
+    @precondition(lambda self: self.variant.place != "memory")
     @rule(step=st.sampled_from([0, 0, 1_000, -1_000, -3_600_000]))
     def kill(self, step: int) -> None:
-        """Go on from the files as they lie there: what a process leaves that is killed now."""
+        """Go on from what is there: what a process leaves that is killed now."""
         # A write, so that the time is in the file too: what was only read is nothing to a killed process' successor.
         verb = self.script.verb(("delete_acked", "c", key("nothing there")))
         assert self.answer(lambda: verb.ask(self.job)) is False
         self.flush()
         reached["killed with rows"] += bool(self.model.rows)
         self.openings += 1
+        self.wall_ms += step
+        if self.variant.place == "server":
+            self._leave_on_the_server()
+        else:
+            self._leave_files()
+
+    def _leave_files(self) -> None:
         new = Path(self.places.name) / str(self.openings)
         new.mkdir()
         for path in Path(self.root).iterdir():
@@ -867,10 +882,18 @@ class Machine(RuleBasedStateMachine):
         self.persistency.close()
         shutil.rmtree(self.root)
         self.root = str(new)
-        self.wall_ms += step
         self._reopen()
 
-    @precondition(lambda self: self.variant.on_disk)
+    def _leave_on_the_server(self) -> None:
+        """Have the lease be over, and take the job as another process would, before the handle is closed."""
+        schema = self.root.partition("persistency_schema=")[2].partition("&")[0]
+        sql(self.root, f"UPDATE {schema}.jobs SET lease_ends = now() - interval '1 hour'")
+        left = self.persistency
+        self.root = with_parameters(self.root, application_name=f"after-{self.openings}")
+        self._reopen()
+        left.close()
+
+    @precondition(lambda self: self.variant.place != "memory")
     @rule(script=st.lists(calls, max_size=3), reaps=st.booleans())
     def open_without_quota_and_feed_in_between(self, script: list[tuple[Any, ...]], reaps: bool) -> None:
         """Open the job without what is kept beside its rows; work on it, or look only."""
@@ -911,6 +934,9 @@ class Machine(RuleBasedStateMachine):
                 self.job.get("c", key())
             if path is not None:
                 self._look_into(path)
+            elif self.variant.place == "server":
+                schema = self.root.partition("persistency_schema=")[2].partition("&")[0]
+                self._compare_rows(sql(self.root, f"SELECT {COLUMNS} FROM {schema}.rows WHERE job = 'job'"))
         finally:
             self.persistency.close()
             if self.loop is not None:
@@ -923,9 +949,12 @@ class Machine(RuleBasedStateMachine):
         connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         try:
             assert connection.pragma("integrity_check") == "ok"
-            rows = connection.execute("SELECT category, key, payload, version, expires_ms FROM kv").fetchall()
+            rows = connection.execute(f"SELECT {COLUMNS} FROM kv").fetchall()
         finally:
             connection.close()
+        self._compare_rows(rows)
+
+    def _compare_rows(self, rows: list[Any]) -> None:
         there = {(name.decode(), Key(at)): Stored(*row) for name, at, *row in rows}
         if not self.variant.reaps_itself:
             assert there == self.model.rows

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import fresh_url
+
+SERVER = "DATABASE_URL"  # what a page calls the URL of a server
+
 README = Path(__file__).parent.parent / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").rglob("*.md"))]
 # Pages whose blocks make one whole, or are in other languages, and the tests that run them.
@@ -39,9 +43,14 @@ def blocks(language: str) -> list[object]:
     return [pytest.param(text, id=place) for name, text, place in BLOCKS if name == language]
 
 
-def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+def server_of(block: str) -> dict[str, str]:
+    """The environment of a block that wants a server: the URL of one, with a schema that nobody else has."""
+    return {SERVER: fresh_url()} if SERVER in block else {}
+
+
+def run(command: list[str], cwd: Path, server: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command beside the package that is being tested."""
-    environment = {**os.environ, "PYTHONPATH": str(README.parent), "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, **server, "PYTHONPATH": str(README.parent), "PYTHONWARNINGS": "error"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
@@ -60,8 +69,9 @@ def test_every_block_is_of_a_kind_that_is_executed() -> None:
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_blocks_run(block: str, tmp_path: Path) -> None:
     """A Python program runs from an empty directory, and again where it has run, without a warning."""
+    server = server_of(block)
     for _ in range(2):
-        finished = run([sys.executable, "-X", "dev", "-c", block], tmp_path)
+        finished = run([sys.executable, "-X", "dev", "-c", block], tmp_path, server)
         assert finished.returncode == 0, finished.stderr
         assert "Warning" not in finished.stderr
         assert "Traceback" not in finished.stderr
@@ -99,14 +109,15 @@ def test_shell_blocks_run(block: str, tmp_path: Path) -> None:
     """A `persistency` command runs as shown, on the file a page makes; the two that set everything up are run by CI."""
     (makes_packages,) = MAKES_PACKAGES
     lines = block.splitlines()
+    server = server_of(block)
     if makes_packages not in lines:
         lines.insert(0, makes_packages)  # a reader has done so further up
     for line in lines:
-        words = shlex.split(line)
+        words = [server.get(SERVER, "") if word == f"${SERVER}" else word for word in shlex.split(line)]
         if words[0] in {"persistency", "printf"}:
             ours = words[0] == "persistency"
             command = [sys.executable, "-m", *words] if ours else ["bash", "-euo", "pipefail", "-c", line]
-            finished = run(command, tmp_path)
+            finished = run(command, tmp_path, server)
             assert finished.returncode == 0, finished.stderr
             assert "Traceback" not in finished.stderr
         else:

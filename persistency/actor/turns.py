@@ -31,7 +31,7 @@ from persistency.actor.reply import Reply
 from persistency.actor.settling import Answer, fill, new_reply, pending, ready, settle_all
 from persistency.actor.tally import Tally
 from persistency.actor.waiters import Waiters
-from persistency.errors import Closed, Corrupt, Poisoned, StorageError
+from persistency.errors import Closed, Corrupt, LeaseLost, Poisoned, StorageError
 from persistency.logfields import about
 from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, Store, writes
 
@@ -181,7 +181,7 @@ class Turns:
                 outcome = attempt()
             except OutcomeUnknown as error:
                 raise Harm(error.__cause__ or error, "unknown") from error
-            except Corrupt as error:
+            except (Corrupt, LeaseLost) as error:
                 raise Harm(error) from error
             except StorageError as error:
                 if not deadline:

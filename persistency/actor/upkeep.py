@@ -22,9 +22,9 @@ from persistency.actor.clock import Clock
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.settling import Answer, settle_all
 from persistency.actor.turns import Harm, Turns
-from persistency.errors import Corrupt, StorageError
+from persistency.errors import Corrupt, LeaseLost, StorageError
 from persistency.logfields import about
-from persistency.storage.port import Barrier, Checkpointing, OutcomeUnknown, Store
+from persistency.storage.port import Barrier, Checkpointing, OutcomeUnknown, Settling, Store
 
 log: logging.Logger = logging.getLogger("persistency")
 
@@ -145,8 +145,8 @@ class Upkeep:
 
     def settle(self) -> None:
         """Leave the store as a clean close would."""
-        if self._log is not None:
-            self._log.settle()
+        if isinstance(self._store, Settling):
+            self._store.settle()
 
     def checkpoint(self) -> None:
         """Carry the log over. Raises `Harm`."""
@@ -189,7 +189,7 @@ class Upkeep:
             return True
         except OutcomeUnknown as error:
             raise Harm(error.__cause__ or error) from error
-        except Corrupt as error:
+        except (Corrupt, LeaseLost) as error:
             raise Harm(error) from error
         except StorageError as error:
             # Nothing is lost by it: it is tried again, and until then the log grows on.
@@ -212,7 +212,7 @@ class Upkeep:
             self._failed = False
         except OutcomeUnknown as error:
             raise Harm(error.__cause__ or error) from error
-        except Corrupt as error:
+        except (Corrupt, LeaseLost) as error:
             raise Harm(error) from error
         except StorageError as error:
             fields = about("reaping_failed", self._job_id, error)

@@ -1,8 +1,8 @@
 """The commands, listed: which there are, in what order help shows them, and what is said of them all.
 
 Rules:
-  1. A command lives in one of the rooms `looking`, `changing`, `moving`, `caring` and `demonstrating`. It reads its
-     arguments, calls what does the work, and shows what came back.
+  1. A command lives in one of the rooms `looking`, `changing`, `moving`, `copying`, `caring` and `demonstrating`. It
+     reads its arguments, calls what does the work, and shows what came back.
   2. What is typed wrong is typer's to tell, with exit code 2.
 
 Doesn't know: how anything is done.
@@ -17,6 +17,7 @@ import typer
 from persistency import __version__
 from persistency.cli.caring import backup, check, compact, drop, purge, restore
 from persistency.cli.changing import put, rm
+from persistency.cli.copying import copy
 from persistency.cli.demonstrating import demo
 from persistency.cli.looking import count, get, ls, scan, stat, watch
 from persistency.cli.moving import export, import_
@@ -57,6 +58,7 @@ for _name, _panel, _command in (
     ("rm", "Change", rm),
     ("import", "Move", import_),
     ("export", "Move", export),
+    ("copy", "Move", copy),
     ("backup", "Keep house", backup),
     ("restore", "Keep house", restore),
     ("check", "Keep house", check),

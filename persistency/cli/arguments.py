@@ -33,6 +33,11 @@ def _directory(text: str) -> str:
     return text
 
 
+def root_given(text: str) -> str:
+    """Refuse what names no root; a URL is for the engine to read."""
+    return text if "://" in text else _directory(text)
+
+
 def _named(name: str | None) -> str | None:
     if name == "":
         raise typer.BadParameter("a category has a name")

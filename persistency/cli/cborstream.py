@@ -24,7 +24,9 @@ _PIECES_MAX = 16
 _LOOK_SECONDS = 0.1
 
 
-def write_stream(reader: Reader, rows: Iterable[tuple[str, Entry]], write: Callable[[bytes], object]) -> Iterator[int]:
+def write_stream(
+    reader: Reader | Job, rows: Iterable[tuple[str, Entry]], write: Callable[[bytes], object]
+) -> Iterator[int]:
     """Write an export of rows; give how many were written, after each."""
     digest = sha256()
 

@@ -95,14 +95,14 @@ def stat(root: Root, job: JobId, as_json: AsJson = False) -> None:
     """
     with Persistency(root) as persistency:
         stored = find(persistency, root, job)
-        file_format = _format_of(stored.path)
+        file_format = None if stored.path is None else _format_of(stored.path)
         owner = Owners().of(stored)
         with reading(persistency, stored) as reader:
             rows = {name: reader.count(name).result() for name in reader.categories().result()}
             numbers = {
                 **_stored_json(stored, None),
                 "owner": owner,
-                "path": str(stored.path),
+                "path": None if stored.path is None else str(stored.path),
                 "format": file_format,
                 "version": reader.version().result(),
                 "payload_bytes": reader.storage_used().result(),
@@ -114,7 +114,7 @@ def stat(root: Root, job: JobId, as_json: AsJson = False) -> None:
         return
     kept = numbers["changes"]
     pairs = [
-        ("file", str(stored.path)),
+        ("file", "none" if stored.path is None else str(stored.path)),
         ("file format", "?" if file_format is None else str(file_format)),
         ("bytes of all files", f"{stored.bytes:,}"),
         ("payload bytes", f"{numbers['payload_bytes']:,}"),

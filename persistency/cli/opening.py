@@ -73,13 +73,19 @@ def having(root: str, job_id: str, *, make: bool = False, clock: Callable[[], fl
             if unused:
                 with suppress(PersistencyError, OSError):
                     persistency.drop_job(job_id)
-                    Path(root).rmdir()  # if there is nothing else in it
+                    if not is_url(root):
+                        Path(root).rmdir()  # if there is nothing else in it
             raise
+
+
+def is_url(root: str) -> bool:
+    """Say whether a root is a server's, and no directory."""
+    return "://" in root
 
 
 def check_there(root: str) -> None:
     """Raise `Fault` if there is no such directory."""
-    if not Path(root).is_dir():
+    if not is_url(root) and not Path(root).is_dir():
         raise Fault(f"no directory {root}", "A root is made by the first job that is stored in it.")
 
 
@@ -90,15 +96,16 @@ def find(persistency: Persistency, root: str, job_id: str) -> StoredJob:
         if stored.job_id == job_id:
             if stored.expires is not None and stored.expires <= time():
                 raise Fault(
-                    f"job {job_id!r} in {root} has ended", "Its files go with: persistency purge ROOT --expired"
+                    f"job {job_id!r} in {persistency.root if is_url(root) else root} has ended",
+                    "Its files go with: persistency purge ROOT --expired",
                 )
             return stored
     has = ", ".join(stored.job_id for stored in jobs[:_SHOWN_MAX]) + (", ..." if len(jobs) > _SHOWN_MAX else "")
     if jobs:
         hint = f"It has: {has}."
     else:
-        hint = "There are no jobs in it." if Path(root).is_dir() else "There is no such directory."
-    raise Fault(f"no job {job_id!r} in {root}", hint)
+        hint = "There are no jobs in it." if is_url(root) or Path(root).is_dir() else "There is no such directory."
+    raise Fault(f"no job {job_id!r} in {persistency.root if is_url(root) else root}", hint)
 
 
 @contextmanager

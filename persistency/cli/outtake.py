@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import IO
 
-from persistency import Entry, Key, Reader
+from persistency import Entry, Job, Key, Reader
 from persistency.cli import cborstream, csvrows, jsonlines
 from persistency.cli.rowfile import Format
 
@@ -49,11 +49,11 @@ def give_out(
 
 def _rows_of(reader: Reader, categories: list[str]) -> Iterator[tuple[str, Entry]]:
     for category in categories:
-        for entry in _entries(reader, category):
+        for entry in entries_of(reader, category):
             yield category, entry
 
 
-def _entries(reader: Reader, category: str) -> Iterator[Entry]:
+def entries_of(reader: Reader | Job, category: str) -> Iterator[Entry]:
     """Give the rows of a category with their ends, in the order of their keys."""
     keys: Iterator[Key] = iter(reader.iterate(category, keys_only=True))
     at_once = _ASKED_AT_ONCE

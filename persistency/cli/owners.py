@@ -33,6 +33,8 @@ class Owners:
 
     def of(self, stored: StoredJob) -> int | None:
         """Return the id of the process that has a job open, or `None`."""
+        if stored.path is None:
+            return None
         try:
             # Never through a link, and never waiting for whoever has put a pipe there.
             handle = os.open(stored.path.with_suffix(".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

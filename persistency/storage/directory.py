@@ -21,6 +21,7 @@ from persistency.logfields import about
 from persistency.storage import copying, files, schema, strangers
 from persistency.storage.names import file_name, job_id_of
 from persistency.storage.port import StoredJob, StoreOptions
+from persistency.storage.reading import SqliteReader
 from persistency.storage.sqlite import SqliteStore
 
 log: logging.Logger = logging.getLogger("persistency.storage")
@@ -29,8 +30,11 @@ log: logging.Logger = logging.getLogger("persistency.storage")
 class DirectoryRoot:
     """A directory of jobs, one SQLite file each. `vfs` names another of SQLite's file systems, for tests."""
 
+    lasting: bool = True
+
     def __init__(self, directory: Path, vfs: str | None = None) -> None:
-        self.directory = directory
+        self.directory: Path = directory
+        self.name: str = str(directory)
         self._vfs = vfs
 
     def path(self, job_id: str) -> Path:
@@ -59,6 +63,10 @@ class DirectoryRoot:
         except BaseException:
             claim.release()
             raise
+
+    def look_into(self, job_id: str, now_ms: int) -> SqliteReader:
+        """Open a job's file for reading alone."""
+        return SqliteReader(self.path(job_id), job_id, now_ms, self._vfs)
 
     def _connect(
         self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions, there: files.Sizes
@@ -144,7 +152,7 @@ class DirectoryRoot:
                 record = files.read_record(path.with_suffix(".lock"))
                 total = size + sum(files.size(beside) or 0 for beside in files.sidecars(path))
                 jobs.append(StoredJob(job_id, path, total, _seconds(record.used_ms), _seconds(record.expires_ms)))
-        return sorted(jobs)
+        return sorted(jobs, key=lambda job: job.job_id)
 
     def restore(self, job_id: str, path: Path) -> None:
         """Put a backup in the place of a job.

@@ -192,10 +192,7 @@ class MemoryStore:
     def _each(self, group: Group) -> Iterator[Any]:
         places = iter(group)
         for category, key, payload in zip(places, places, places, strict=True):
-            if category is None:
-                yield self._answers[type(key)](key)
-            else:
-                yield self._put(category, key, payload)
+            yield self._answers[type(key)](key) if category is None else self._put(category, key, payload)
 
     def _batch(self, batch: Batch) -> int | Failed:
         for message in batch.items[1::PLACES] if batch.expects else ():
@@ -377,6 +374,9 @@ def _check() -> Generator[tuple[int, int | None], None, list[str]]:
 
 class MemoryRoot:
     """Jobs in memory, for one `Persistency` alone; a job ends when it is closed."""
+
+    lasting: bool = False
+    name: str = ":memory:"
 
     def open(self, job_id: str, options: StoreOptions) -> MemoryStore:
         """Return a new, empty store."""

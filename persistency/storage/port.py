@@ -20,6 +20,7 @@ Doesn't know: threads, futures, key tuples, SQL, clocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -80,6 +81,7 @@ __all__ = [
     "Expect",
     "Extent",
     "Failed",
+    "Following",
     "GetEntry",
     "GetRow",
     "GetRows",
@@ -92,12 +94,14 @@ __all__ = [
     "ListEntries",
     "ListRows",
     "OutcomeUnknown",
+    "Readable",
     "Reap",
     "Restoring",
     "Root",
     "Run",
     "ScanRange",
     "SetRow",
+    "Settling",
     "Status",
     "Store",
     "StoreOptions",
@@ -154,14 +158,14 @@ class Status(NamedTuple):
 
 
 class StoredJob(NamedTuple):
-    """A job as it lies in its root, open or not: `path` its file, `bytes` the size of all its files.
+    """A job as it lies in its root, open or not: `path` its file (`None`: it has none), `bytes` the size of all of it.
 
     `last_used` is when it was last opened, written to or closed, `expires` when it ends, both in Unix seconds; `None`:
     nobody knows, and never.
     """
 
     job_id: str
-    path: Path
+    path: Path | None
     bytes: int
     last_used: float | None = None
     expires: float | None = None
@@ -247,8 +251,24 @@ class Checkpointing(Protocol):
         """Leave the file as a clean close would, without closing it."""
 
 
+@runtime_checkable
+class Settling(Protocol):
+    """A store that others can be spared to wait for, when it may not be closed any more but is about to end."""
+
+    def settle(self) -> None:
+        """Leave everything as a clean close would, without closing."""
+
+
 class Root(Protocol):
     """Where jobs live."""
+
+    lasting: bool
+    """Whether a job outlives its store, so that it can be closed and opened again."""
+
+    @property
+    def name(self) -> str:
+        """What it is called: a path, or a URL without a password."""
+        raise NotImplementedError
 
     def open(self, job_id: str, options: StoreOptions) -> Store:
         """Open a job's store and take ownership of it; raise `JobLocked` if another process has it."""
@@ -264,6 +284,23 @@ class Root(Protocol):
     def drop(self, job_id: str) -> list[Path]:
         """Delete a job nobody has open; return the files removed. One that never existed is fine."""
         raise NotImplementedError
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A root whose jobs can be read by who doesn't own them."""
+
+    def look_into(self, job_id: str, now_ms: int) -> Store:
+        """Open a job for reading alone. Raises `JobNotFound` if there is none."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A store, for reading alone, that is told of what others commit."""
+
+    def follow(self, ring: Callable[[], None]) -> None:
+        """Call `ring`, from any thread, when `last_version` has gone up without being asked; until it is closed."""
 
 
 @runtime_checkable

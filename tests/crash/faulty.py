@@ -773,6 +773,10 @@ class Play:
         self.disk.phase = "over"
         self._loop.close()
 
+    def look_from_outside(self, version: int) -> None:
+        """Look at what a closed job has left, with other means than ours; its last version is known."""
+        look_from_outside(self, version)
+
     def open_only(self) -> None:
         """Open the job and close it again."""
         self.persistency = Persistency(self.place, clock=self.wall)
@@ -1114,7 +1118,7 @@ class Judge:
             play.find("told", f"failed, but never accepted: {untold!r:.300}")
         try:
             found = contents(play)
-            look_from_outside(play, found.version)
+            play.look_from_outside(found.version)
         except Exception as error:
             play.find("file", f"the job can't be opened again: {error!r}")
         else:

@@ -28,6 +28,13 @@
     plugins  8 threads call 4 plugins, among traps, timeouts, reloads and unloads: every answer right, memory flat
     graph    LangGraph: graphs whose process is killed and resumed, and random operations beside LangGraph's own
     migration  100,000 items each from a diskcache directory and a sqlitedict file, compared one by one
+    postgres-kills  N // 5 owners (200) killed beside writes to a server, for each durability level, each taken over by
+             another process when its lease is over
+    postgres-fence  N // 10 owners (100) stopped past their lease and woken when another one has the job: never both
+    postgres-restarts  a server shut down as by a crash N // 50 times (20) under load, and replaced by its copy at last
+    postgres-failover  N // 200 servers (5) replaced by their copies under load
+    postgres-faults  every round trip to a server fails, in every way, once and for good
+    postgres-crowd  N jobs (1,000) on one server from 4 processes with at most 32 connections each
 
 Without a PART all of them are run. `--seconds` ends each part after that time, if that comes first. A part whose tools
 aren't installed is reported, and the others are run. The exit code is 1 if anything is off.
@@ -44,6 +51,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
+from tests.postgres import NoPostgres
 from tests.soak.part import Part, Tell
 
 # The module of each part, imported when its turn comes.
@@ -66,6 +74,12 @@ PARTS = {
     "plugins": "plugins",
     "graph": "graphs",
     "migration": "migrations",
+    "postgres-kills": "postgres_kills",
+    "postgres-fence": "postgres_fence",
+    "postgres-restarts": "postgres_restarts",
+    "postgres-failover": "postgres_failover",
+    "postgres-faults": "postgres_faults",
+    "postgres-crowd": "postgres_crowd",
 }
 
 TABLE_WIDTH = 170
@@ -76,10 +90,9 @@ def run_part(name: str, given: argparse.Namespace, tell: Tell) -> Iterator[Part]
     """Run one part; yield its rows of the table. A part that can't be imported is a row with a finding."""
     try:
         soak: Callable[[argparse.Namespace, Tell], Iterator[Part]] = import_module(f"tests.soak.{PARTS[name]}").soak
-    except ImportError as error:
+        yield from soak(given, tell)
+    except (ImportError, NoPostgres) as error:
         yield Part(name, {"other": "not run"}, [f"{name}: not run: {error}"])
-        return
-    yield from soak(given, tell)
 
 
 def all_parts(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:

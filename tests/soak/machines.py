@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from time import monotonic
 
+from tests.postgres import why_not
 from tests.soak.part import Part, Tell
 from tests.test_machine import VARIANTS, drive
 
@@ -19,6 +20,9 @@ def soak(given: argparse.Namespace, tell: Tell) -> Iterator[Part]:
         if monotonic() - begun >= given.seconds:
             return
         name = f"machine, {variant}"
+        if variant.place == "server" and (why := why_not()):
+            yield Part(name, {"other": "not run"}, [f"{name}: not run: {why}"])
+            continue
         tell(f"{name}: {runs} runs of {STEPS} steps")
         part, since = Part(name), monotonic()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from persistency.storage.port import (
 )
 from persistency.testing import NOW_MS, StoreConformance, check_store
 from persistency.testing.reopening import ReopenChecks
+from tests.postgres import postgres_url
 from tests.storage.conftest import run_child
 
 
@@ -66,6 +68,34 @@ class TestDirectory(StoreConformance):
 
     def reopen_store(self, options: StoreOptions) -> Store:
         return self.root.open(f"job{self.opened}", replace(options, durability=self.durability))
+
+
+class TestPostgres(StoreConformance):
+    """The PostgreSQL adapter conforms."""
+
+    durability: Durability = "process"
+
+    @pytest.fixture(autouse=True)
+    def _place(self) -> None:
+        from persistency.storage.postgres.address import parsed
+        from persistency.storage.postgres.root import PostgresRoot
+
+        self.root = PostgresRoot(parsed(postgres_url()))
+        self.name = secrets.token_hex(8)
+        self.opened = 0
+
+    def open_store(self, options: StoreOptions) -> Store:
+        self.opened += 1
+        return self.reopen_store(options)
+
+    def reopen_store(self, options: StoreOptions) -> Store:
+        return self.root.open(f"{self.name}.{self.opened}", replace(options, durability=self.durability))
+
+
+class TestPostgresWithPower(TestPostgres):
+    """The PostgreSQL adapter conforms when every group is synced."""
+
+    durability = "power"
 
 
 class TestDirectoryWithPower(TestDirectory):

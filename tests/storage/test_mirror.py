@@ -1,4 +1,4 @@
-"""The two adapters give the same answers, outcome by outcome, to random groups; the memory adapter is the model."""
+"""The adapters give the same answers, outcome by outcome, to random groups; the memory adapter is the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import random
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ from persistency.storage.port import (
     ListChanges,
     ListEntries,
     Reap,
+    Root,
     Run,
     ScanRange,
     SetRow,
@@ -39,7 +41,10 @@ from persistency.storage.port import (
     UsedBytes,
     Within,
 )
+from persistency.storage.postgres.address import parsed
+from persistency.storage.postgres.root import PostgresRoot
 from persistency.testing import batch, dump, group, put
+from tests.postgres import fresh_url
 
 NOW_MS = 5
 REOPEN = "close the store and open it again"
@@ -206,9 +211,9 @@ numbers = itertools.count()
 
 
 class Pair:
-    """A store of SQLite's and one in memory, which are told the same."""
+    """A store of SQLite's or PostgreSQL's and one in memory, which are told the same."""
 
-    def __init__(self, root: DirectoryRoot, options: StoreOptions) -> None:
+    def __init__(self, root: Root, options: StoreOptions) -> None:
         self.root, self.options, self.job_id = root, options, f"job{next(numbers)}"
         self.now_ms = NOW_MS
         self.model: MemoryStore = MemoryRoot().open(self.job_id, options)
@@ -259,6 +264,24 @@ class Pair:
 @given(script=steps, options=kept)
 def test_both_adapters_answer_alike(root: DirectoryRoot, script: list[Any], options: StoreOptions) -> None:
     """Any script of groups, reads and reaps gives the same in both adapters, whatever is kept, across reopenings."""
+    mirror(root, script, options)
+
+
+@pytest.fixture(scope="module")
+def server() -> PostgresRoot:
+    """A root on the session's server."""
+    return PostgresRoot(parsed(fresh_url()))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(script=steps, options=kept)
+def test_postgresql_answers_alike(server: PostgresRoot, script: list[Any], options: StoreOptions) -> None:
+    """The same over PostgreSQL."""
+    mirror(server, script, options)
+
+
+def mirror(root: Root, script: list[Any], options: StoreOptions) -> None:
+    """Tell a script to a store of a root and to the model, and compare all they say."""
     pair = Pair(root, options)
     try:
         for step in script:

@@ -1,0 +1,188 @@
+"""The read-only PostgreSQL store: a job beside whoever owns it, in this process or in another.
+
+Rules:
+  1. Every call is a read-only transaction of its own, a snapshot, over before it returns.
+  2. Nothing is written and nothing claimed; an owner never waits for it.
+  3. A job that was dropped isn't read on: what has its name now is another one.
+  4. A read that fails is a `Failed` outcome, whatever the reason.
+
+Doesn't know: threads, futures, key tuples, clocks, who owns the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from persistency.errors import Closed, FeedTruncated, Forked, JobNotFound, Misuse, PersistencyError, Unavailable
+from persistency.storage.port import PLACES, Failed, GetRow, Group, ListChanges, ScanRange, Status, StoreOptions
+from persistency.storage.postgres.bell import Bell
+from persistency.storage.postgres.books import Books
+from persistency.storage.postgres.draft import Draft
+from persistency.storage.postgres.faults import SERIALIZATION, Lost, Refused, translated
+from persistency.storage.postgres.overlay import Overlay
+from persistency.storage.postgres.packing import number_or_none
+from persistency.storage.postgres.pool import Holder, Pool
+from persistency.storage.postgres.reads import Reads, whole
+from persistency.storage.postgres.schema import GENERATION_BITS, Statements
+from persistency.storage.postgres.session import COMMIT, Session, Statement
+
+T = TypeVar("T")
+
+TRIES_MAX = 5
+_BEGIN = Statement(b"begin_reading", b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+_NEVER_MS = 2**62
+
+
+class PostgresReader:
+    """The rows of a job for reading alone; `now_ms` is when it is opened. Raises `JobNotFound` if there is no job."""
+
+    reads_in_place = False
+    expires_ms: int | None = None  # a job's end is looked at by every call: its owner may have put it off
+
+    def __init__(self, job_id: str, job: bytes, place: tuple[Pool, Statements, Bell], now_ms: int = 0) -> None:
+        self._job_id = job_id
+        self._job = job
+        self._pool, self._statements, self._bell = place
+        self._holder = Holder()
+        self._status = Status(0, 0)
+        self._known = 0  # the last version that is known to be there
+        self._made: int | None = None  # under which generation the job began
+        self._forked = False
+        self._dropped: int | None = None  # the highest version whose change isn't kept; `None`: none are
+        self._following: object | None = None
+        self._ask(lambda _reads: None, now_ms)
+
+    # -- the port ------------------------------------------------------------------------------------------------
+
+    @property
+    def next_expiry_ms(self) -> int:
+        """A moment that never comes: rows end at any time here, but taking them away is their owner's work."""
+        return _NEVER_MS
+
+    def apply(self, group: Group, now_ms: int) -> list[Any]:
+        """Answer a group of reads in one snapshot."""
+        messages = group[1::PLACES]
+        try:
+            return self._ask(lambda reads: [self._answer(reads, message) for message in messages], now_ms)
+        except PersistencyError as error:
+            return [Failed(error)] * len(messages)
+
+    def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
+        """Return the payload of a live row, or `None`."""
+        payload: bytes | None = self.read(GetRow(category, key), now_ms)
+        return payload
+
+    def scan(self, span: ScanRange, now_ms: int) -> list[tuple[bytes, bytes]]:
+        """Return the live rows of a range."""
+        rows: list[tuple[bytes, bytes]] = self.read(span, now_ms)
+        return rows
+
+    def read(self, message: Any, now_ms: int) -> Any:
+        """Answer one read."""
+        return self.apply([None, message, None], now_ms)[0]
+
+    def reap(self, now_ms: int, limit: int) -> int:  # noqa: ARG002  # the port has them
+        """Take nothing away: that is its owner's work."""
+        return 0
+
+    def status(self) -> Status:
+        """Return the numbers, as of the last call. The log is the server's."""
+        return self._status
+
+    @property
+    def last_version(self) -> int:
+        """The last version that is known to be there."""
+        return self._known
+
+    def follow(self, ring: Callable[[], None]) -> None:
+        """Call `ring`, from any thread, whenever the job may have a version that wasn't seen; until it is closed."""
+
+        def tell(version: int | None) -> None:
+            if version is None or version > self._known:
+                self._known = self._known + 1 if version is None else version
+                ring()
+
+        self._following = self._bell.follow(self._job.decode(), tell)
+
+    def close(self, *, tidy: bool = True, now_ms: int = 0) -> None:  # noqa: ARG002  # the port has it
+        """Give up everything that is held."""
+        if not self._forked:
+            self._bell.leave(self._following)
+            self._pool.leave(self._holder)
+
+    def disown(self, *, quiet: bool) -> None:  # noqa: ARG002  # the port has it
+        """In a forked child: let go without a word."""
+        self._forked = True
+        self._pool.forsake(self._holder)
+        self._bell.forsake()
+
+    # -- one call ------------------------------------------------------------------------------------------------
+
+    def _ask(self, ask: Callable[[Reads], T], now_ms: int) -> T:
+        """Return what `ask` finds in one snapshot."""
+        if self._forked:
+            raise Forked(f"the reader of job {self._job_id!r} is the parent process'", hint="Open another one here.")
+        what = f"job {self._job_id!r} can't be read"
+        for left in reversed(range(TRIES_MAX)):
+            try:
+                session = self._pool.borrow(self._holder)
+                try:
+                    return self._look(session, ask, now_ms)
+                except BaseException:
+                    session.roll_back()
+                    raise
+            except Refused as error:
+                if error.state not in SERIALIZATION or not left:
+                    raise translated(error, what) from error
+            except Lost as error:  # over another connection, if there can be one
+                self._pool.give_up(self._holder)
+                if not left:
+                    raise translated(error, what) from error
+            finally:
+                self._pool.park(self._holder)
+        raise AssertionError
+
+    def _look(self, session: Session, ask: Callable[[Reads], T], now_ms: int) -> T:
+        found = session.pipe([(_BEGIN, ()), (self._statements["reading"], (self._job,))])[1]
+        if not found.ntuples:
+            if self._made is None:
+                hint = "Check the id and the root: a reader makes nothing. open_job(job_id) does."
+                raise JobNotFound(f"there is no job {self._job_id!r} here", hint=hint)
+            raise self._gone("it was dropped")
+        made, version, latest_ms = whole(found, 0, 0) >> GENERATION_BITS, whole(found, 0, 1), whole(found, 0, 2)
+        if self._made is not None and (made != self._made or version < self._status.last_version):
+            raise self._gone("it was dropped and made anew, or has lost its last commits")
+        ends_ms = number_or_none(found.get_value(0, 3))
+        now_ms = max(now_ms, latest_ms)
+        if ends_ms is not None and now_ms >= ends_ms:
+            if self._made is None:
+                raise JobNotFound(f"there is no job {self._job_id!r} here: it has ended")
+            raise Closed(f"job {self._job_id!r} has ended", hint="It was a temporary job; open_job makes a new one.")
+        self._made, self._status = made, Status(version, 0, latest_ms)
+        self._known = max(self._known, version)
+        self._dropped = number_or_none(found.get_value(0, 4))
+        answer = ask(Reads(session, self._statements, self._job, now_ms))
+        session.run(COMMIT, ())
+        return answer
+
+    def _gone(self, why: str) -> Unavailable:
+        return Unavailable(
+            f"job {self._job_id!r} can't be read on: {why}",
+            hint="Close this reader; another one reads what is there now.",
+        )
+
+    def _answer(self, reads: Reads, message: Any) -> Any:
+        if type(message) is ListChanges:
+            return self._changes(reads, message)
+        books = Books(self._status.last_version)
+        return Draft(Overlay(reads), books, StoreOptions(), frozenset(), reaping_counts=False).answer(message)
+
+    def _changes(self, reads: Reads, message: ListChanges) -> Any:
+        dropped = self._dropped
+        if dropped is None:
+            return Failed(Misuse(f"job {self._job_id!r} keeps no changes: have it opened with feed_changes_max=10_000"))
+        if message.after < dropped:
+            oldest = reads.changes(dropped, 1)
+            return Failed(FeedTruncated(oldest[0].version if oldest else dropped + 1))
+        return reads.changes(message.after, message.limit)

@@ -1,0 +1,202 @@
+"""What is PostgreSQL's own: keys too long for an index, ids that text can't hold, what is listed and dropped."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from persistency import Persistency, Put
+from persistency.codec.keys import RawKey
+from persistency.errors import JobLocked, Misuse, StorageError, WriteFailed
+from persistency.storage.port import (
+    Batch,
+    Failed,
+    GetRow,
+    ListEntries,
+    Run,
+    ScanRange,
+    SetRow,
+    StoreOptions,
+    Within,
+)
+from persistency.storage.postgres.address import parsed
+from persistency.storage.postgres.root import PostgresRoot
+from persistency.testing import batch, group, put
+from tests.postgres import fresh_url, sql
+
+WAIT = 60
+NOW_MS = 1_000_000
+LONG = random.Random(1).randbytes(8192)  # which no compression makes shorter
+
+
+@pytest.fixture
+def url() -> str:
+    """A place of its own."""
+    return fresh_url()
+
+
+@pytest.mark.parametrize("kept", [0, 10])
+@pytest.mark.parametrize("shape", ["put", "row", "batch", "run"])
+def test_a_key_too_long_for_an_index_fails_alone(url: str, shape: str, kept: int) -> None:
+    """Its message fails by itself and takes no version; its neighbours are stored, and the job goes on."""
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions(feed_changes_max=kept))
+
+    def fn(within: Within) -> None:
+        within.do(SetRow(b"c", b"in", b"", None))
+        within.do(SetRow(b"c", LONG, b"", None))
+
+    shapes = {
+        "put": put(b"c", LONG, b"long"),
+        "row": SetRow(b"c", LONG, b"long", NOW_MS + 5),
+        "batch": batch(put(b"c", b"in", b""), put(b"c", LONG, b"long")),
+        "run": Run(fn),
+    }
+    outcomes = store.apply(group(put(b"c", b"a", b"1"), shapes[shape], put(b"c", b"b" * 8192, b"2")), NOW_MS)
+    assert isinstance(outcomes[1], Failed)
+    assert isinstance(outcomes[1].error, StorageError)
+    assert "key of 8192 bytes" in str(outcomes[1].error)
+    assert [outcomes[0], outcomes[2]] == [None, None]
+    assert store.last_version == 2
+    assert [row.key for row in store.read(ListEntries(b"c"), NOW_MS)] == [b"a", b"b" * 8192]
+    assert store.get(b"c", LONG, NOW_MS) is None
+    assert store.apply(group(put(b"c", LONG, b"x")), NOW_MS)[0].error
+    assert store.apply(group(put(b"c", b"d", b"3"), GetRow(b"c", LONG)), NOW_MS) == [None, None]
+    store.close()
+
+
+def test_such_a_key_is_reported_like_any_failed_write(url: str) -> None:
+    """As an event it is told by the next flush, as a request to whoever made it."""
+    with Persistency(url) as persistency, persistency.open_job("j") as job:
+        job.put("c", RawKey(LONG), b"v")
+        job.put("c", ("k",), b"v")
+        with pytest.raises(WriteFailed) as failed:
+            job.flush().result(WAIT)
+        assert [failure.outcome for failure in failed.value.failures] == ["not applied"]
+        with pytest.raises(StorageError):
+            job.commit(Put("c", RawKey(LONG), b"v")).result(WAIT)
+        assert job.get("c", ("k",)).result(WAIT) == b"v"
+        assert job.statistics().state == "live"
+
+
+@pytest.mark.parametrize("job_id", ["a", "A b", "a%b", "a\0b", "%00", "ünï", "x" * 190, "../a", "a;DROP TABLE"])
+def test_ids_of_all_kinds(url: str, job_id: str) -> None:
+    """An id is kept as it is, meets no other, and is dropped alone."""
+    with Persistency(url) as persistency:
+        with persistency.open_job(job_id) as job, persistency.open_job("other") as other:
+            job.put("c", ("k",), job_id.encode())
+            other.put("c", ("k",), b"other")
+        assert sorted(stored.job_id for stored in persistency.stored_jobs()) == sorted([job_id, "other"])
+        with persistency.open_job(job_id) as job:
+            assert job.path is None
+            assert job.get("c", ("k",)).result(WAIT) == job_id.encode()
+        assert persistency.drop_job(job_id) == []
+        assert [stored.job_id for stored in persistency.stored_jobs()] == ["other"]
+
+
+@pytest.mark.parametrize("job_id", ["", "x" * 300, "\udc80"])
+def test_ids_that_are_refused(url: str, job_id: str) -> None:
+    """What no file can be called no job is called here either."""
+    with Persistency(url) as persistency, pytest.raises(Misuse):
+        persistency.open_job(job_id)
+
+
+def test_what_is_stored(url: str) -> None:
+    """Each job has the bytes of its keys, payloads and changes, when it was last used, and when it ends."""
+    now = [1_700_000_000.0]
+    with Persistency(url, clock=lambda: now[0]) as persistency:
+        with persistency.open_job("a") as job:
+            job.put("c", RawKey(b"12"), b"345")
+        now[0] += 10
+        with persistency.open_job("b", ttl=60) as job:
+            job.put("c", RawKey(b"1"), b"")
+        a, b = persistency.stored_jobs()
+        assert (a.job_id, a.path, a.bytes, a.expires) == ("a", None, 5, None)
+        assert (b.job_id, b.bytes, b.expires) == ("b", 1, now[0] + 60)
+        assert a.last_used == now[0] - 10
+        assert b.last_used == now[0]
+        now[0] += 60
+        assert persistency.purge_expired() == ["b"]
+        with persistency.open_job("c", feed_changes_max=5) as job:
+            job.put("c", RawKey(b"1"), b"22")
+            job.flush().result(WAIT)
+            assert persistency.purge(3) == ["a"]  # and never one that is open
+        assert [job.job_id for job in persistency.stored_jobs()] == ["c"]
+        assert persistency.stored_jobs()[0].bytes == 6
+
+
+def test_a_temporary_job_begins_anew_when_it_has_ended(url: str) -> None:
+    """Opened after its end it is empty, whatever was there; who had it before is fenced."""
+    now = [1_700_000_000.0]
+    with Persistency(url, clock=lambda: now[0]) as persistency:
+        with persistency.open_job("a", ttl=60, feed_changes_max=5) as job:
+            job.put("c", ("k",), b"v")
+        now[0] += 61
+        with persistency.open_job("a", feed_changes_max=5) as job:
+            assert job.get("c", ("k",)).result(WAIT) is None
+            assert job.version().result(WAIT) == 0
+            assert job.changes(0, 5).result(WAIT) == []
+        with pytest.raises(Misuse, match="there for good"):
+            persistency.open_job("a", ttl=5) if _written(persistency) else None
+
+
+def _written(persistency: Persistency) -> bool:
+    with persistency.open_job("a") as job:
+        job.put("c", ("k",), b"v")
+    return True
+
+
+def test_a_job_rests_and_wakes(url: str) -> None:
+    """With one live job at a time others rest, given back; each post wakes its own, with all that was there."""
+    with Persistency(url, max_live_jobs=1) as persistency:
+        jobs = [persistency.open_job(f"j{at}") for at in range(3)]
+        for number in range(3):
+            for job in jobs:
+                job.put("c", (number,), b"v")
+                job.flush().result(WAIT)
+        owned = f"SELECT count(*) FROM {parsed(url).schema}.jobs WHERE owner IS NOT NULL"
+        assert sql(url, owned)[0][0] <= 1
+        assert [job.count("c").result(WAIT) for job in jobs] == [3, 3, 3]
+
+
+def test_a_job_that_was_taken_while_it_rested(url: str) -> None:
+    """What was posted to a job that another process has by then fails with `JobLocked`."""
+    with Persistency(url, max_live_jobs=1) as persistency:
+        one, other = persistency.open_job("one"), persistency.open_job("other")
+        one.put("c", ("k",), b"v")
+        one.flush().result(WAIT)
+        other.put("c", ("k",), b"v")
+        other.flush().result(WAIT)
+        statement = f"UPDATE {parsed(url).schema}.jobs SET owner = 'x:1:y', lease_ends = now() + interval '1 hour'"
+        sql(url, statement + " WHERE job = 'one'")
+        with pytest.raises(JobLocked, match="x:1:y"):
+            one.commit(Put("c", ("k",), b"w")).result(WAIT)
+        sql(url, f"UPDATE {parsed(url).schema}.jobs SET owner = NULL WHERE job = 'one'")
+        assert one.commit(Put("c", ("k",), b"w")).result(WAIT) == 2
+
+
+def test_large_payloads_and_groups(url: str) -> None:
+    """Payloads of megabytes, and batches of many thousand rows, go through in one transaction each."""
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions(max_bytes=10**9))
+    large = bytes(range(256)) * (32 * 1024)  # 8 MiB
+    places = group(*[put(b"c", b"%d" % at, large) for at in range(10)])
+    assert store.apply(places, NOW_MS) == [None] * 10
+    assert store.scan(ScanRange(b"c", b"3", b"4"), NOW_MS) == [(b"3", large)]
+    many = Batch(group(*[put(b"d", b"%06d" % at, b"") for at in range(20_000)]), 20_000, False)
+    assert store.apply(group(many), NOW_MS) == [20_010]
+    assert len(store.scan(ScanRange(b"d", b"", None, keys_only=True), NOW_MS)) == 20_000
+    store.close()
+
+
+def test_keys_are_in_the_order_of_bytes(url: str) -> None:
+    """Whatever collation the database has: keys, and ids, are ordered as bytes are."""
+    keys = sorted([b"a", b"B", b"\xc3\xa4", b"a b", b"a-b", b"_", b"\0", b"\xff", b"ab"])
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions())
+    store.apply(group(*[put(b"c", key, b"") for key in reversed(keys)]), NOW_MS)
+    assert [key for key, _ in store.scan(ScanRange(b"c", b"", None), NOW_MS)] == keys
+    store.close()
+    with Persistency(url) as persistency:
+        for job_id in ("b", "B", "a-b", "ab", "_", "Ä"):
+            persistency.open_job(job_id).close()
+        ids = [stored.job_id for stored in persistency.stored_jobs()]
+        assert ids == sorted(ids)
