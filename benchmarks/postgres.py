@@ -81,7 +81,7 @@ def rows_of(count: int) -> list[tuple[Key, bytes]]:
 @contextmanager
 def job_at(root: str, durability: str = "process") -> Iterator[Job]:
     """Give a job, open and empty."""
-    with Persistency(root) as p, p.open_job(secrets.token_hex(8), durability=durability) as job:  # type: ignore[arg-type]
+    with Persistency(root) as p, p.open_job(secrets.token_hex(8), durability=durability) as job:  # type: ignore[arg-type]  # one of two
         job.put(CATEGORY, key(""), b"")
         job.flush().result()
         yield job
@@ -386,7 +386,7 @@ def main(
     schema = f"bench_{secrets.token_hex(6)}"
     with server_of(url) as named:
         with psycopg.connect(_bare(named)) as connection:
-            machine["server"] = str(connection.execute("SHOW server_version").fetchone()[0])  # type: ignore[index]
+            machine["server"] = str(connection.execute("SHOW server_version").fetchone()[0])  # type: ignore[index]  # it has a row
         ours = named + ("&" if "?" in named else "?") + f"persistency_schema={schema}"
         try:
             results = measured(ours, rows, gets, repeat)

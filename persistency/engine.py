@@ -66,7 +66,9 @@ def _on_server(url: str) -> Root:
     """Return the root that a URL names. Raises `Misuse`."""
     scheme = url.partition("://")[0]
     if scheme not in ("postgresql", "postgres"):
-        raise Misuse(f"root names an engine that isn't there, {scheme!r}: pass a directory, or ':memory:'")
+        raise Misuse(
+            f"root names an engine that isn't there, {scheme!r}: pass a directory, ':memory:' or a postgresql:// URL"
+        )
     try:
         from persistency.storage.postgres.address import parsed  # only here: it needs an extra
         from persistency.storage.postgres.root import PostgresRoot

@@ -54,10 +54,10 @@ class Errand(Generic[T]):
             waited = next(self._steps)
         except StopIteration as stop:
             answer: T = stop.value
-            tell: Telling = lambda: future.set_result(answer)  # noqa: E731
+            tell: Telling = lambda: future.set_result(answer)  # noqa: E731  # told later
         except BaseException as error:
             failure = error.with_traceback(None)  # which has the frames of this thread, and all that they hold
-            tell = lambda: future.set_exception(failure)  # noqa: E731
+            tell = lambda: future.set_exception(failure)  # noqa: E731  # as above
         else:
             following = self._leave()  # and then nothing more in here: another thread may go on with it at once
             self._in_turn = waited is None

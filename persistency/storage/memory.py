@@ -20,11 +20,12 @@ from persistency.storage.memory_rows import Accounts, AccountsMark, Row, Rows, T
 from persistency.storage.names import file_name
 from persistency.storage.port import (
     PLACES,
-    READS,
+    WITHIN,
     BackUp,
     Barrier,
     Batch,
     CheckUp,
+    Doing,
     DropRange,
     DropRow,
     Expect,
@@ -46,8 +47,6 @@ from persistency.storage.port import (
     UsedBytes,
 )
 
-_WITHIN = READS | {SetRow, DropRow, DropRange, SwapRow, TouchRow, Batch, Run}  # what a run's function may do
-
 
 class _Mark(NamedTuple):
     """Where a store stands, to come back to."""
@@ -55,16 +54,6 @@ class _Mark(NamedTuple):
     undo: int
     version: int
     accounts: AccountsMark
-
-
-class _Within:
-    """The rows as the function of a `Run` sees them; one for all runs of a store, as inner ones see outer ones."""
-
-    __slots__ = ("do", "version")
-
-    def __init__(self, do: Callable[[Any], Any]) -> None:
-        self.do: Callable[[Any], Any] = do
-        self.version = 0
 
 
 class MemoryStore:
@@ -82,7 +71,7 @@ class MemoryStore:
         self._accounts = Accounts(self._table, options)
         self._watched = self._accounts.always
         self._limit = options.max_bytes  # what a single write is held to: inside a batch or a run, nothing
-        self._within = _Within(self._do)
+        self._within = Doing(self._do)
         self._answers: dict[type, Callable[[Any], Any]] = {
             **self._table.answers,
             SetRow: lambda message: self._write(*message[:4]),
@@ -225,7 +214,7 @@ class MemoryStore:
 
     def _do(self, message: Any) -> Any:
         """Run one message of a `Run`'s function; raise what it fails with, everything of it undone."""
-        if type(message) not in _WITHIN:
+        if type(message) not in WITHIN:
             raise Misuse(f"a run's function can't do {message!r}", hint="Reads, writes, batches and runs only.")
         mark = self._mark()
         try:

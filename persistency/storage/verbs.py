@@ -291,6 +291,8 @@ READS: frozenset[type] = frozenset(
         CheckUp,
     }
 )
+# What a run's function may do.
+WITHIN: frozenset[type] = READS | {SetRow, DropRow, DropRange, SwapRow, TouchRow, Batch, Run}
 # Messages that are no operation of a caller's.
 _NO_OPERATION = READS | {Barrier, Reap, GiveBack}
 
@@ -319,3 +321,13 @@ class Within(Protocol):
 
     def do(self, message: Any, /) -> Any:
         """Run one message, read or write, now, and return its answer; raise what would be a `Failed` outcome."""
+
+
+class Doing:
+    """A `Within` made of one function; one for all runs of a store, as inner ones see outer ones."""
+
+    __slots__ = ("do", "version")
+
+    def __init__(self, do: Callable[[Any], Any]) -> None:
+        self.do: Callable[[Any], Any] = do
+        self.version: int = 0

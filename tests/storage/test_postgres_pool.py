@@ -57,9 +57,9 @@ def test_a_holder_keeps_its_session(made: list[FakeSession]) -> None:
     """Turn after turn it is the same one, and nobody else's while there is room."""
     pool, one, other = pool_of(2, made), Holder(), Holder()
     for _ in range(3):
-        assert pool.borrow(one) is made[0]  # type: ignore[comparison-overlap]
+        assert pool.borrow(one) is made[0]  # type: ignore[comparison-overlap]  # a stand-in
         pool.park(one)
-        assert pool.borrow(other) is made[1]  # type: ignore[comparison-overlap]
+        assert pool.borrow(other) is made[1]  # type: ignore[comparison-overlap]  # a stand-in
         pool.park(other)
     assert len(made) == 2
 
@@ -72,9 +72,9 @@ def test_the_longest_idle_gives_up_its_session(made: list[FakeSession]) -> None:
         pool.park(holder)
     pool.borrow(holders[0])
     pool.park(holders[0])
-    assert pool.borrow(holders[2]) is made[1]  # type: ignore[comparison-overlap]
+    assert pool.borrow(holders[2]) is made[1]  # type: ignore[comparison-overlap]  # a stand-in
     assert holders[1].session is None
-    assert holders[0].session is made[0]  # type: ignore[comparison-overlap]
+    assert holders[0].session is made[0]  # type: ignore[comparison-overlap]  # a stand-in
     assert len(made) == 2
 
 
@@ -112,7 +112,7 @@ def test_nobody_waits_for_ever(made: list[FakeSession], monkeypatch: pytest.Monk
     with pytest.raises(Lost, match="all 1 connections have been in use"):
         pool.borrow(other)
     pool.park(one)
-    assert pool.borrow(other) is made[0]  # type: ignore[comparison-overlap]
+    assert pool.borrow(other) is made[0]  # type: ignore[comparison-overlap]  # a stand-in
 
 
 @pytest.mark.parametrize("flaw", ["broken", "busy"])
@@ -123,11 +123,11 @@ def test_what_isnt_sound_is_never_lent_again(made: list[FakeSession], flaw: str)
     made[0].broken, made[0].idle = flaw == "broken", False
     pool.park(one)
     assert made[0].closed
-    assert pool.borrow(one) is made[1]  # type: ignore[comparison-overlap]
+    assert pool.borrow(one) is made[1]  # type: ignore[comparison-overlap]  # a stand-in
     made[1].broken, made[1].idle = flaw == "broken", False
     pool.leave(one)
     assert made[1].closed
-    assert pool.borrow(one) is made[2]  # type: ignore[comparison-overlap]
+    assert pool.borrow(one) is made[2]  # type: ignore[comparison-overlap]  # a stand-in
 
 
 def test_what_was_cut_off_meanwhile_is_replaced(made: list[FakeSession]) -> None:
@@ -136,11 +136,11 @@ def test_what_was_cut_off_meanwhile_is_replaced(made: list[FakeSession]) -> None
     pool.borrow(one)
     pool.park(one)
     made[0].cut_off = True
-    assert pool.borrow(one) is made[1]  # type: ignore[comparison-overlap]
+    assert pool.borrow(one) is made[1]  # type: ignore[comparison-overlap]  # a stand-in
     assert made[0].closed
     pool.leave(one)
     made[1].cut_off = True
-    assert pool.borrow(other) is made[2]  # type: ignore[comparison-overlap]
+    assert pool.borrow(other) is made[2]  # type: ignore[comparison-overlap]  # a stand-in
     assert made[1].closed
 
 
@@ -159,7 +159,7 @@ def test_a_connection_that_fails_leaves_its_room(made: list[FakeSession]) -> Non
     for _ in range(2):
         with pytest.raises(Lost):
             pool.borrow(one)
-    assert pool.borrow(one) is made[0]  # type: ignore[comparison-overlap]
+    assert pool.borrow(one) is made[0]  # type: ignore[comparison-overlap]  # a stand-in
 
 
 def test_idle_sessions_are_closed(made: list[FakeSession]) -> None:

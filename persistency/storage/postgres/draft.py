@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from persistency.errors import Conflict, FeedTruncated, Misuse, QuotaExceeded, StorageError
 from persistency.storage.port import (
     PLACES,
-    READS,
+    WITHIN,
     BackUp,
     Barrier,
     Batch,
     ChangeKind,
     CheckUp,
     CountRange,
+    Doing,
     DropRange,
     DropRow,
     Expect,
@@ -58,7 +59,6 @@ from persistency.storage.postgres.overlay import Overlay
 from persistency.storage.postgres.packing import INT8_MAX, INT8_MIN
 from persistency.storage.postgres.reads import Place, Row
 
-_WITHIN = READS | {SetRow, DropRow, DropRange, SwapRow, TouchRow, Batch, Run}  # what a run's function may do
 _NO_FILE = Misuse("this job is on a server: it has no file", hint="Use export(file).")
 
 
@@ -68,16 +68,6 @@ class _Mark(NamedTuple):
     used: int
     next_expiry_ms: int | None
     fresh: int
-
-
-class _Within:
-    """The rows as the function of a `Run` sees them."""
-
-    __slots__ = ("do", "version")
-
-    def __init__(self, do: Callable[[Any], Any]) -> None:
-        self.do: Callable[[Any], Any] = do
-        self.version = 0
 
 
 class Draft:
@@ -96,7 +86,7 @@ class Draft:
         self._too_long = too_long
         self._reaping_counts = reaping_counts
         self._broken: Lost | Refused | None = None
-        self._within = _Within(self._do)
+        self._within = Doing(self._do)
         self._answers: dict[type, Callable[[Any], Any]] = {
             SetRow: lambda message: self._write(*message[:4]),
             DropRow: self._drop_row,
@@ -203,7 +193,7 @@ class Draft:
         """Run one message of a `Run`'s function; raise what it fails with, everything of it undone."""
         if self._broken is not None:
             raise translated(self._broken, "the transaction is broken") from self._broken
-        if type(message) not in _WITHIN:
+        if type(message) not in WITHIN:
             raise Misuse(f"a run's function can't do {message!r}", hint="Reads, writes, batches and runs only.")
         mark = self._mark()
         try:

@@ -282,7 +282,7 @@ class PostgresRoot:
                 session.roll_back()
                 if not left or error.state not in MADE_TWICE:
                     raise
-                sleep(random.uniform(0, 0.05))  # noqa: S311
+                sleep(random.uniform(0, 0.05))  # noqa: S311  # as above
         raise StorageError(f"the tables in schema {self.address.schema!r} can't be made")
 
 
