@@ -11,15 +11,18 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import socket
+import sys
 import tempfile
+import termios
 import threading
 from pathlib import Path
 from typing import Literal, Self
 
 from persistency.storage.postgres.address import parsed
-from tests.postgres import with_parameters
+from tests.postgres import until, with_parameters
 
 SECONDS = 30.0
 _PIECE = 65536
@@ -54,7 +57,10 @@ class _Pair:
 
 
 class Proxy:
-    """Relays to the server of `url`; `self.url` leads through it. `away`: new connections are refused."""
+    """Relays to the server of `url`; `self.url` leads through it. `away`: new connections are refused.
+
+    `splits`: what ends an answer is passed on only when the rest of it was read.
+    """
 
     def __init__(self, url: str) -> None:
         host = parsed(url).hosts[0]
@@ -65,6 +71,7 @@ class Proxy:
         self._listener.listen(64)
         self.url = with_parameters(url, host=str(self._home), port=5432)
         self.away = False
+        self.splits = False
         self.connections = 0
         self._cuts: list[Cut] = []
         self._lock = threading.Lock()
@@ -138,12 +145,19 @@ class Proxy:
         with contextlib.suppress(OSError):
             while piece := pair.server.recv(_PIECE):
                 if not pair.deaf:
-                    pair.client.sendall(piece)
+                    self._pass_on(piece, pair.client)
                 elif piece[-6:-1] == _READY:
                     pair.answered.set()
         pair.answered.set()
         if not pair.deaf:
             pair.end()
+
+    def _pass_on(self, piece: bytes, client: socket.socket) -> None:
+        end = len(piece) - 6 if self.splits and piece[-6:-1] == _READY else 0
+        if end:
+            client.sendall(piece[:end])
+            until(lambda: not _unread(client), "the answer is read", pause=0.001)
+        client.sendall(piece[end:])
 
     def _up(self, pair: _Pair) -> None:
         with contextlib.suppress(OSError):
@@ -173,6 +187,11 @@ class Proxy:
             pair.server.sendall(piece)
             pair.answered.wait(SECONDS)
             cut.delivered.set()
+
+
+def _unread(sender: socket.socket) -> bool:
+    """Say whether something that was sent hasn't been read yet."""
+    return bool(int.from_bytes(fcntl.ioctl(sender, termios.TIOCOUTQ, b"    "), sys.byteorder))
 
 
 def _end(one: socket.socket) -> None:

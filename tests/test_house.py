@@ -140,6 +140,7 @@ FLOORS = [
     "storage.postgres.store",
     "storage.postgres.reading",
     "storage.postgres.bell",
+    "storage.postgres.ahead",
     "storage.postgres.standing",
     "storage.postgres.draft",
     "storage.postgres.writes",

@@ -87,6 +87,7 @@ class Activation:
     def _close(self, *, tidy: bool) -> None:
         store, self.upkeep = self._turns.store, None
         self._mailbox.serve_in_place(None, None, None)
+        self._mailbox.serve_ahead(None)
         if store is None:
             return
         try:

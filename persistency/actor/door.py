@@ -1,4 +1,4 @@
-"""The door of a mailbox: whether it takes anything, from whom, and until when.
+"""The door of a mailbox: whether it takes anything, from whom, and until when; and what is answered at it, in place.
 
 Rules:
   1. What closed it first is what everybody is told.
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import get_ident
+from typing import Any
 
+from persistency.actor.reply import Reply
 from persistency.actor.sleeper import Sleeper
 from persistency.errors import Closed, Misuse, PersistencyError
+from persistency.storage.port import GetRow
 
 Refusal = Callable[[], PersistencyError]
 
@@ -26,6 +29,11 @@ class Door(Sleeper):
         self.worker_thread: int | None = None
         self.inside: int | None = None  # the thread that is in a caller's function now
         self.abandoned: PersistencyError | None = None  # in a forked child: nobody answers here any more
+        # Run by whoever has the turn.
+        self.get_in_place: Callable[[bytes, bytes], bytes | None] | None = None
+        self.read_in_place: Callable[[Any], Reply[Any]] | None = None
+        self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None
+        self.prefetch: Callable[[GetRow], None] | None = None  # begins a read that is about to be posted
         # Guarded by the lock:
         self._open_ops = 0  # up to where a plain put needn't look closer
         self._refusal: Refusal | None = None
@@ -33,6 +41,26 @@ class Door(Sleeper):
         self._ending: Callable[[], None] | None = None
         self._holder: object | None = None
         self._holder_thread = 0
+
+    def serve_in_place(
+        self,
+        get: Callable[[bytes, bytes], bytes | None] | None,
+        read: Callable[[Any], Reply[Any]] | None,
+        write: Callable[[Any, int], Reply[Any]] | None,
+    ) -> None:
+        """Say how whoever has the turn is answered in place; `None`: not at all."""
+        with self._lock:
+            if self._refusal is None:
+                self.get_in_place, self.read_in_place, self.write_in_place = get, read, write
+
+    def serve_ahead(self, prefetch: Callable[[GetRow], None] | None) -> None:
+        """Say how whoever has the turn begins a read that is about to be posted; `None`: not at all."""
+        with self._lock:
+            if self._refusal is None:
+                self.prefetch = prefetch
+
+    def _serve_nobody(self) -> None:
+        self.get_in_place = self.read_in_place = self.write_in_place = self.prefetch = None
 
     def check(self) -> None:
         """Raise what the mailbox was closed with, if it was."""

@@ -41,10 +41,6 @@ class Mailbox(Door):
     def __init__(self, bounds: Bounds) -> None:
         super().__init__()
         self.bounds = bounds
-        # Run by whoever has the turn.
-        self.get_in_place: Callable[[bytes, bytes], bytes | None] | None = None
-        self.read_in_place: Callable[[Any], Reply[Any]] | None = None
-        self.write_in_place: Callable[[Any, int], Reply[Any]] | None = None
         self.never_waits: set[int] = set()  # threads that must not wait for room here
         # Guarded by the lock: the line,
         self._messages: Group = []
@@ -52,6 +48,7 @@ class Mailbox(Door):
         self.asked: bool = False  # whether a request has waited in it; whoever wants to know sets it back
         self._taken = 0  # write operations, since the beginning
         self._generation = 0  # of the line: how often it was taken
+        self._lone = False  # whether what was taken last came by itself
         self.in_hand: list[Group] = []  # what was taken and isn't accounted for yet
         self._withdrawn = 0  # requests cancelled where they stand, still to be cleared away
         self._open_ops = bounds.ops_max  # up to where a plain put needn't look closer
@@ -110,7 +107,10 @@ class Mailbox(Door):
                     self._holder = None
                     if self._messages or self._rung or self._closed or self._late:
                         self._hand_over()
-        return self.ask(GetRow(category, key), reads=True)
+        message = GetRow(category, key)
+        if self._lone and self.prefetch is not None and not self._messages:
+            self._in_place("prefetch", message)  # of those who come in crowds one would pay for it
+        return self.ask(message, reads=True)
 
     def read(self, message: Any, *, point: bool = False) -> Reply[Any]:
         """Answer a read: in place where `get` would be; under an event loop only if it is a `point` read."""
@@ -190,17 +190,6 @@ class Mailbox(Door):
     def _ends(self) -> bool:
         return self.ended
 
-    def serve_in_place(
-        self,
-        get: Callable[[bytes, bytes], bytes | None] | None,
-        read: Callable[[Any], Reply[Any]] | None,
-        write: Callable[[Any, int], Reply[Any]] | None,
-    ) -> None:
-        """Say how whoever has the turn is answered in place; `None`: not at all."""
-        with self._lock:
-            if self._refusal is None:
-                self.get_in_place, self.read_in_place, self.write_in_place = get, read, write
-
     def take(self, *, answers_ring: bool = False) -> Group:
         """Take the whole line, for who has the turn; `answers_ring`: and will look after all there is."""
         with self._lock:
@@ -218,7 +207,7 @@ class Mailbox(Door):
         self.abandoned: PersistencyError | None = error
         self._refusal = lambda: error
         self._open_ops = 0
-        self.get_in_place = self.read_in_place = self.write_in_place = None
+        self._serve_nobody()
         lines, self._messages, self.in_hand = [*self.in_hand, self._messages], [], []
         places = [place for line in lines for place in zip(line[::PLACES], line[2::PLACES], strict=False)]
         replies = [reply for category, reply in places if category is None and reply is not None]
@@ -363,6 +352,7 @@ class Mailbox(Door):
         # No call in between: what is thrown into this thread comes with one, and the line would be in nobody's hand.
         group, self._messages = self._messages, []
         self.in_hand += [group] if group else []
+        self._lone = len(group) <= PLACES
         self._generation += 1
         self._taken += self._ops
         self._ops = self._bytes = self._requests = 0
@@ -395,6 +385,6 @@ class Mailbox(Door):
     def _refuse(self, refusal: Refusal) -> None:
         self._refusal = refusal
         self._open_ops = 0
-        self.get_in_place = self.read_in_place = self.write_in_place = None
+        self._serve_nobody()
         self._queue.refuse(refusal)
         self._note_low()

@@ -33,7 +33,7 @@ from persistency.actor.tally import Tally
 from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, Corrupt, LeaseLost, Poisoned, StorageError
 from persistency.logfields import about
-from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, Store, writes
+from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, Prefetching, Store, writes
 
 if TYPE_CHECKING:
     from persistency.actor.slowness import Slowness
@@ -97,6 +97,7 @@ class Turns:
         if store.expires_ms is not None:
             self._mailbox.end_by(self._check_time)
         if not store.reads_in_place:
+            self._mailbox.serve_ahead(store.prefetch if isinstance(store, Prefetching) else None)
             return
         get, now_ms = store.get, self._now_ms
 

@@ -98,6 +98,7 @@ __all__ = [
     "ListEntries",
     "ListRows",
     "OutcomeUnknown",
+    "Prefetching",
     "Readable",
     "Reap",
     "Restoring",
@@ -261,6 +262,17 @@ class Settling(Protocol):
 
     def settle(self) -> None:
         """Leave everything as a clean close would, without closing."""
+
+
+@runtime_checkable
+class Prefetching(Protocol):
+    """A store whose reads take long, and can be begun before their turn has come."""
+
+    def prefetch(self, message: GetRow) -> None:
+        """Begin a read that is about to be posted, without waiting for anything. In a turn; nothing is owed for it.
+
+        Its answer counts if the next group is nothing but this very message.
+        """
 
 
 class Root(Protocol):

@@ -25,7 +25,9 @@ from persistency.storage.port import (
     LastVersion,
     ListCategories,
     ListEntries,
+    Prefetching,
     ScanRange,
+    SetRow,
     StoredRow,
     UsedBytes,
 )
@@ -155,6 +157,36 @@ class RowChecks(Checks):
                 outcomes = store.apply(group(*messages), NOW_MS)
                 same([outcomes[1], outcomes[3], outcomes[5]], [b"1", None, b"2"], f"reads around {drop}")
                 same(store.get(b"c", b"k", NOW_MS), b"2", "the row afterwards")
+
+    def test_reads_ahead_of_their_turn(self) -> None:
+        """A read that was begun before it was posted answers as of its turn, whatever was done in between."""
+        with self.store() as store:
+            if not isinstance(store, Prefetching):
+                return
+            read, other = GetRow(b"c", b"k"), GetRow(b"c", b"other")
+            between: list[tuple[Group, bytes | None]] = [
+                ([], b"0"),
+                (group(put(b"c", b"k", b"1")), b"1"),
+                (group(other), b"1"),
+                (group(SetRow(b"c", b"k", b"2", NOW_MS + 1), other), b"2"),
+                (group(DropRow(b"c", b"k")), None),
+                (group(put(b"c", b"k", b"3"), Barrier()), b"3"),
+            ]
+            store.apply(group(put(b"c", b"k", b"0"), put(b"c", b"other", b"x")), NOW_MS)
+            store.prefetch(other)
+            same(store.read(ScanRange(b"c", b"", None), NOW_MS), [(b"k", b"0"), (b"other", b"x")], "another read")
+            for messages, payload in between:
+                store.prefetch(read)
+                if messages:
+                    store.apply(messages, NOW_MS)
+                same(store.apply(group(read), NOW_MS), [payload], f"what was asked ahead of {messages}")
+                store.prefetch(read)
+                same(store.apply(group(read, other), NOW_MS), [payload, b"x"], "two reads, of which one is ahead")
+            store.apply(group(SetRow(b"c", b"k", b"4", NOW_MS + 5)), NOW_MS)
+            for now_ms, payload in ((NOW_MS + 4, b"4"), (NOW_MS + 5, None)):
+                store.prefetch(read)
+                same(store.apply(group(read), now_ms), [payload], "a row that ends meanwhile")
+            store.prefetch(read)  # and nothing more: it is closed all the same
 
     def test_drop_row(self) -> None:
         """Dropping a row answers whether it was there, takes a version either way, and touches no other row."""

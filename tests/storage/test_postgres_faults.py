@@ -22,6 +22,7 @@ from persistency.storage.postgres.session import Session
 from persistency.transaction import Transaction
 from tests.postgres import Server, fresh_url, missing, until, with_parameters
 from tests.postgres_proxy import Proxy, When
+from tests.storage.conftest import run_child
 
 WAIT = 60
 
@@ -275,6 +276,32 @@ def test_a_real_serialization_failure(proxy: Proxy) -> None:
             until(lambda: _waits(proxy), "the put waits for the row")
         job.flush().result(WAIT)
         assert job.version().result(WAIT) == 2
+
+
+PIECES = """
+import sys
+from persistency import Persistency
+from tests.postgres_proxy import Proxy
+
+WAIT = 30
+with Proxy(sys.argv[1]) as proxy, Persistency(proxy.url) as p, p.open_job("j", feed_changes_max=10) as job:
+    for number in range(10):
+        proxy.splits = number > 1  # not before all statements are prepared
+        job.put("c", ("k",), b"%d" % number)
+        job.flush().result(WAIT)
+        assert job.get("c", ("k",)).result(WAIT) == b"%d" % number
+        assert job.run(lambda tx: tx.get("c", ("k",))).result(WAIT) == b"%d" % number
+        assert len(job.scan("c").result(WAIT)) == 1
+"""
+
+
+def test_no_thread_is_kept_from_running_by_half_an_answer() -> None:
+    """An answer whose end is still under way is waited for as anything is: others of the process run meanwhile.
+
+    In a process of its own: if nobody else ran in it, nobody could tell.
+    """
+    done = run_child(PIECES, fresh_url())
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_silent_server_is_given_up_when_it_takes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from persistency.logfields import about
 from persistency.storage.postgres import packing
 from persistency.storage.postgres.address import Address
 from persistency.storage.postgres.faults import Lost, Refused
-from persistency.storage.postgres.pool import Pool
+from persistency.storage.postgres.pool import Holder, Pool
 from persistency.storage.postgres.schema import Statements
 from persistency.storage.postgres.session import Session
 
@@ -118,6 +118,27 @@ class Leases:
                 del self._held[lease.job]
             if not self._held:
                 self._nothing.set()
+
+    def give_back(self, lease: Lease, job_id: str, holder: Holder, now_ms: int, *, latest_ms: int) -> None:
+        """Give a job back, last used at `now_ms`, with the latest time its rows know of (0: as it was).
+
+        If that fails nothing is lost: others wait for the end of the lease, this root doesn't.
+        """
+        params = (lease.job.encode(), packing.int8(lease.generation), packing.int8(latest_ms), packing.int8(now_ms))
+        begun = monotonic()
+        while True:
+            try:
+                self._pool.borrow(holder).run(self._statements["give_back"], params)
+                self._pool.park(holder)
+                return
+            except (Lost, Refused) as error:
+                session = holder.session
+                at_hand = session is not None and session.born < begun  # it may have been broken for long
+                self._pool.give_up(holder)
+                if not at_hand:
+                    told = about("job_not_given_back", job_id, error)
+                    log.warning("job %r couldn't be given back: %s", job_id, error, extra=told)
+                    return
 
     # -- the thread ------------------------------------------------------------------------------------------------
 

@@ -57,20 +57,32 @@ class Pool:
                     session = holder.session = self._spare()
             if session is None:
                 session = holder.session = self._wait()
-            if not session.is_cut_off():
+            if not (session.broken or session.is_cut_off()):
                 return session
             self.give_up(holder)  # while nobody used it
+
+    def at_hand(self, holder: Holder, *, busy: bool = False) -> Session | None:
+        """Lend a holder the session it has, if it still has it and that is as `busy`, or not, as is said."""
+        with self._lock:
+            session = holder.session
+            if session is None or session.broken != busy or not (busy or not session.is_cut_off()):
+                return None
+            self._parked.pop(holder, None)
+            return session
 
     def _spare(self) -> Session | None:
         if self._free:
             return self._free.pop()
-        if self._count < self._max:
+        if self._count < self._max or not self._parked:
             return None
-        for holder in self._parked:
-            del self._parked[holder]
-            session, holder.session = holder.session, None
-            return session
-        return None
+        holder = next((holder for holder in self._parked if not _is_busy(holder)), next(iter(self._parked)))
+        del self._parked[holder]
+        session, holder.session = holder.session, None
+        if session is not None and session.broken:  # what its holder has sent ahead can be sent again
+            self._count -= 1
+            session.close()
+            return None
+        return session
 
     def _wait(self) -> Session:
         deadline = monotonic() + WAIT_SECONDS_MAX
@@ -106,12 +118,12 @@ class Pool:
         if self._waiting:
             self._waiting[0].set()
 
-    def park(self, holder: Holder) -> None:
-        """End a turn: the session stays with its holder, for as long as nobody else needs it."""
+    def park(self, holder: Holder, *, busy: bool = False) -> None:
+        """End a turn: the session stays with its holder, for as long as nobody else needs it; a `busy` one, too."""
         session = holder.session
         if session is None:
             return
-        if session.broken or not session.idle:
+        if bool(self._waiting) if busy else session.broken or not session.idle:
             self.give_up(holder)
             return
         session.used_at = monotonic()
@@ -176,3 +188,7 @@ class Pool:
         for other in self._free:
             other.forsake()
         self._free = []
+
+
+def _is_busy(holder: Holder) -> bool:
+    return holder.session is None or holder.session.broken

@@ -99,17 +99,29 @@ class Session:
 
     def run(self, statement: Statement, params: Params) -> PGresult:
         """Run one statement; return its result. Raises `Refused` or `Lost`."""
-        name = statement.name
-        if name not in self._known:
-            return self.pipe([(statement, params)])[0]
+        return self.receive() if self.send(statement, params) else self.pipe([(statement, params)])[0]
+
+    def send(self, statement: Statement, params: Params) -> bool:
+        """Send one statement and wait for nothing; return whether that was done: it must have been run before."""
+        if statement.name not in self._known:
+            return False
         connection = self._connection
         self.broken = True
         try:
-            connection.send_query_prepared(name, params, _BINARY[: len(params)], 1)
+            connection.send_query_prepared(statement.name, params, _BINARY[: len(params)], 1)
+            connection.flush()
+        except Error as error:
+            raise Lost(str(error).strip()) from error
+        return True
+
+    def receive(self) -> PGresult:
+        """Return the result of what was sent. Raises `Refused` or `Lost`."""
+        connection = self._connection
+        try:
             result = self._next()
             if result is None:
                 raise Lost(said(connection))
-            while connection.get_result() is not None:
+            while self._next() is not None:  # until the server is ready for more, which may come in a packet of its own
                 pass
         except Error as error:
             raise Lost(str(error).strip()) from error
@@ -167,7 +179,7 @@ class Session:
         return results
 
     def _next(self) -> PGresult | None:
-        """Return the next result when it is there. Raises `Lost`."""
+        """Return the next result when it is there; `None` behind the last of a statement. Raises `Lost`."""
         connection = self._connection
         if connection.flush():
             self._flush()

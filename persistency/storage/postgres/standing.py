@@ -54,10 +54,14 @@ class Standing:
         """Whether a commit may have happened, or may still."""
         return bool(self._attempts)
 
+    def is_sure(self, session: Session) -> bool:
+        """Say whether it is certain that the job is as it was left."""
+        lease = self.lease
+        return not (self.unsure or session.born > self._seen or lease.lost or monotonic() >= lease.until)
+
     def make_sure(self, session: Session, where: Statement) -> None:
         """See that the job is as it was left, where that isn't certain. Raises `LeaseLost` or `Corrupt`."""
-        lease = self.lease
-        if self.unsure or session.born > self._seen or lease.lost or monotonic() >= lease.until:
+        if not self.is_sure(session):
             self._look(session, where)
 
     def has_moved(self, session: Session, where: Statement) -> bool:

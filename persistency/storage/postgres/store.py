@@ -14,16 +14,17 @@ Doesn't know: how sessions are made and shared, what a message does, threads, cl
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterable
 from functools import partial
 from time import monotonic, sleep
 from typing import Any, NamedTuple, TypeVar
 
+from psycopg.pq.abc import PGresult
+
 from persistency.errors import Forked, StorageError
-from persistency.logfields import about
 from persistency.storage.port import PLACES, READS, Barrier, GetRow, Group, Reap, ScanRange, Status, StoreOptions
+from persistency.storage.postgres.ahead import Ahead
 from persistency.storage.postgres.books import Books
 from persistency.storage.postgres.draft import Draft
 from persistency.storage.postgres.faults import FENCED, SERIALIZATION, TOO_LARGE, Lost, Refused, translated
@@ -36,8 +37,6 @@ from persistency.storage.postgres.schema import Statements
 from persistency.storage.postgres.session import BEGIN, COMMIT, ROLLBACK, Session
 from persistency.storage.postgres.standing import Attempt, Standing
 from persistency.storage.postgres.writes import Puts, as_puts, asked_by, change_steps, put_step
-
-log: logging.Logger = logging.getLogger("persistency.storage")
 
 T = TypeVar("T")
 
@@ -95,6 +94,7 @@ class PostgresStore:
         self._has_quota = options.max_bytes is not None
         self._holder = Holder()
         self._too_long: dict[Place, None] = {}  # keys that may be, in what the server has refused
+        self._ahead = Ahead(self._pool, self._holder, self._standing)
         self._forked = self._given_back = False
 
     # -- the port --------------------------------------------------------------------------------------------------
@@ -103,7 +103,8 @@ class PostgresStore:
         """Run a group in one transaction; see the port."""
         self._now_ms = now_ms
         if len(group) == PLACES and type(group[1]) is GetRow:  # the usual read, by itself
-            return [self._turn(self._get, group[1])]
+            ahead = self._ahead.receive() if self._ahead.message is group[1] else None
+            return [self._turn(self._get, group[1]) if ahead is None else self._row_of(ahead)]
         categories = group[::PLACES]
         if categories.count(None) == len(categories):
             messages = group[1::PLACES]
@@ -126,6 +127,10 @@ class PostgresStore:
         """Answer one read message outside any group."""
         self._now_ms = now_ms
         return self._turn(self._get if type(message) is GetRow else self._answer, message)
+
+    def prefetch(self, message: GetRow) -> None:
+        """Send a read ahead of its turn, if that can be done without waiting for anything; see the port."""
+        self._ahead.send(message, self._statements["get"], (self._job, message.category, message.key))
 
     @property
     def next_expiry_ms(self) -> int | None:
@@ -161,29 +166,12 @@ class PostgresStore:
             self._pool.leave(self._holder)
 
     def _give_back(self, now_ms: int) -> None:
-        """Give the job back; if that fails nothing is lost: others wait for the end of the lease, this root doesn't."""
         if not self._given_back and not self._lease.lost:
             self._given_back = True
-            self._hand_back(now_ms)
+            self._forget_ahead()
+            ends = self._standing.books.next_expiry_ms is not None
+            self._leases.give_back(self._lease, self._job_id, self._holder, now_ms, latest_ms=now_ms if ends else 0)
         self._leases.remove(self._lease)
-
-    def _hand_back(self, now_ms: int) -> None:
-        latest_ms = now_ms if self._standing.books.next_expiry_ms is not None else 0
-        params = (self._job, int8(self._lease.generation), int8(latest_ms), int8(now_ms))
-        begun = monotonic()
-        while True:
-            try:
-                self._pool.borrow(self._holder).run(self._statements["give_back"], params)
-                self._pool.park(self._holder)
-                return
-            except (Lost, Refused) as error:
-                session = self._holder.session
-                at_hand = session is not None and session.born < begun  # it may have been broken for long
-                self._pool.give_up(self._holder)
-                if not at_hand:
-                    told = about("job_not_given_back", self._job_id, error)
-                    log.warning("job %r couldn't be given back: %s", self._job_id, error, extra=told)
-                    return
 
     def disown(self, *, quiet: bool) -> None:  # noqa: ARG002  # nothing is shared with the child but a socket
         """In a forked child: let go without a word."""
@@ -191,12 +179,17 @@ class PostgresStore:
         self._pool.forsake(self._holder)
         self._leases.forsake()
 
+    def _forget_ahead(self) -> None:
+        if self._ahead.message is not None:
+            self._ahead.receive()
+
     # -- turns -----------------------------------------------------------------------------------------------------
 
     def _turn(self, act: Callable[..., T], *args: Any) -> T:
         """Do something with a session that shows the job as it was left. Raises `StorageError`, `LeaseLost`."""
         if self._forked:
             raise Forked("this handle belongs to the process this one was forked from", hint="Open the job anew.")
+        self._forget_ahead()
         pause = PAUSE_SECONDS
         for left in reversed(range(TRIES_MAX)):
             try:
@@ -231,7 +224,9 @@ class PostgresStore:
         return Draft(overlay, books, self.options, too_long, reaping_counts=self._reaping_counts)
 
     def _get(self, session: Session, message: GetRow) -> bytes | None:
-        result = session.run(self._statements["get"], (self._job, message.category, message.key))
+        return self._row_of(session.run(self._statements["get"], (self._job, message.category, message.key)))
+
+    def _row_of(self, result: PGresult) -> bytes | None:
         if not result.ntuples:
             return None
         ends = result.get_value(0, 1)
