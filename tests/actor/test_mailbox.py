@@ -15,7 +15,7 @@ from fakes import WAIT, Actor
 
 from persistency.actor.bounds import Bounds
 from persistency.actor.mailbox import Mailbox
-from persistency.errors import Closed, Overloaded
+from persistency.errors import Closed, Overloaded, StorageError
 from persistency.storage.port import Barrier, GetRow, LastVersion
 from tests.loops import InLoop, together
 
@@ -75,6 +75,74 @@ def test_the_turn_is_one_callers_at_a_time() -> None:
     mailbox.give_back(token)
     assert mailbox.hold(object())
     assert mailbox.take() == [b"c", b"2", b""]
+
+
+def test_a_read_is_begun_ahead_only_by_itself_and_in_turn() -> None:
+    """By who finds the line empty and the turn free, after one that came alone; and under that turn."""
+    mailbox = Mailbox(Bounds())
+    begun: list[tuple[GetRow, bool]] = []
+    mailbox.serve_ahead(lambda message: begun.append((message, mailbox.taken_here)))
+
+    def get(*, begins: bool) -> None:
+        before = len(begun)
+        assert not mailbox.get(b"c", b"k").done()
+        assert mailbox._messages[-2] == GetRow(b"c", b"k")
+        assert begun[before:] == ([(mailbox._messages[-2], True)] if begins else [])
+        assert not mailbox.taken
+        if begins:
+            assert begun[-1][0] is mailbox._messages[-2]
+
+    def take() -> None:
+        token = object()
+        assert mailbox.hold(token)
+        mailbox.take(answers_ring=True)
+        mailbox.give_back(token)
+
+    get(begins=False)  # nobody knows yet who comes here
+    take()
+    get(begins=True)
+    get(begins=False)  # behind another
+    take()
+    get(begins=False)  # two came
+    take()
+    get(begins=True)
+    take()
+    mailbox.ring()
+    get(begins=False)  # something else is looked after first
+    take()
+    token = object()
+    assert mailbox.hold(token)
+    before = len(begun)
+    mailbox.get(b"c", b"k")  # while somebody has the turn
+    assert len(begun) == before
+    mailbox.give_back(token)
+    take()
+    mailbox.serve_ahead(None)
+    get(begins=False)
+    take()
+    mailbox.serve_ahead(lambda message: begun.append((message, True)))
+    mailbox.close(lambda: Closed("closed"))
+    before = len(begun)
+    with pytest.raises(Closed):
+        mailbox.get(b"c", b"k")
+    assert len(begun) == before
+
+
+def test_a_read_that_could_not_be_begun_is_asked_all_the_same() -> None:
+    """A fault while it is begun is nobody's: its turn will show."""
+    mailbox = Mailbox(Bounds())
+
+    def fails(_message: GetRow) -> None:
+        raise StorageError("away")
+
+    mailbox.serve_ahead(fails)
+    token = object()
+    assert mailbox.hold(token)
+    mailbox.take()
+    mailbox.give_back(token)
+    assert not mailbox.get(b"c", b"k").done()
+    assert not mailbox.taken
+    assert len(mailbox) == 1
 
 
 def test_who_waits_for_the_turn_comes_before_who_would_not() -> None:
