@@ -334,14 +334,18 @@ def test_hosts_cannot_be_copied_or_sent(host: PluginHost) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_threads_have_stack_enough(p: Persistency, when: str) -> None:
     """A service that makes its threads' stacks small, sooner or later, doesn't make guests crash; its setting stays."""
+    others = set(threads())  # of hosts that other tests left: they may never end
     before = threading.stack_size(256 * 1024 if when == "before" else 0)
     try:
         with PluginHost(p) as host:
             threading.stack_size(256 * 1024)
             plugin = host.load({"id": "d"}, DEEDS).result(WAIT)
             assert plugin.call("deep").exception(WAIT).reason == "stack_overflow"  # type: ignore[union-attr]  # it fails
-        for thread in threads():
+            mine = set(threads()) - others
+        assert mine
+        for thread in mine:
             thread.join(WAIT)
+            assert not thread.is_alive()
         assert threading.stack_size() == 256 * 1024
     finally:
         threading.stack_size(before)
