@@ -465,20 +465,20 @@ def keep_failures(count: int, nbytes: int) -> None:
 
 PLANTS: dict[str, Plant] = {
     "mailbox without a bound": Plant(
-        lambda: replace_method(Bounds, "fit", _fit_always), "slow_thread_puts", 200_000, {"grown"}
+        lambda: replace_method(Bounds, "fit", _fit_always), "slow_thread_puts", 150_000, {"grown"}
     ),
     "bytes without a bound": Plant(
-        lambda: replace_method(Bounds, "fit", _fit_any_bytes), "slow_thread_puts_by_bytes", 200_000, {"bound"}
+        lambda: replace_method(Bounds, "fit", _fit_any_bytes), "slow_thread_puts_by_bytes", 150_000, {"bound"}
     ),
     "requests without a bound": Plant(
-        lambda: replace_method(Bounds, "fit", _fit_always), "slow_requests", 200_000, {"grown"}
+        lambda: replace_method(Bounds, "fit", _fit_always), "slow_requests", 150_000, {"grown"}
     ),
-    "every failure kept": Plant(lambda: keep_failures(NO_BOUND, NO_BOUND), "failing_puts", 100_000, {"grown", "kept"}),
+    "every failure kept": Plant(lambda: keep_failures(NO_BOUND, NO_BOUND), "failing_puts", 60_000, {"grown", "kept"}),
     "every payload that failed kept": Plant(
         lambda: keep_failures(FAILURES_MAX, NO_BOUND), "failing_large_puts", 300, {"grown", "kept"}
     ),
     "every report kept": Plant(
-        lambda: replace_method(FailureLog, "report", _keep_reports), "failing_puts_told_slowly", 100_000, {"grown"}
+        lambda: replace_method(FailureLog, "report", _keep_reports), "failing_puts_told_slowly", 60_000, {"grown"}
     ),
 }
 
