@@ -51,6 +51,12 @@ def wall() -> Wall:
     return Wall()
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a compile cache to hosts in tests that aren't about compiling, which takes a process for each module."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(params=["memory", "directory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Name a root of either kind."""

@@ -11,6 +11,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,9 +50,9 @@ MEMORY = 2 * 1_048_576
 
 
 @pytest.fixture
-def host() -> Iterator[PluginHost]:
+def host(compiled: Path) -> Iterator[PluginHost]:
     """Give a host."""
-    with Persistency(":memory:") as p, PluginHost(p) as host:
+    with Persistency(":memory:") as p, PluginHost(p, cache_dir=compiled) as host:
         yield host
 
 

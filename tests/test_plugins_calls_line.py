@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, as_completed
 from functools import partial
 from linecache import getline
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,13 +35,13 @@ SEED = random.SystemRandom().getrandbits(32)
 
 
 @pytest.fixture
-def plugins() -> Iterator[Callable[..., Plugin]]:
+def plugins(compiled: Path) -> Iterator[Callable[..., Plugin]]:
     """Load a keeper, whose calls a test can hold, by a host with options of its own."""
     with Persistency(":memory:") as p:
         hosts: list[PluginHost] = []
 
         def load(**options: Any) -> Plugin:
-            hosts.append(PluginHost(p, **options))
+            hosts.append(PluginHost(p, cache_dir=compiled, **options))
             return hosts[-1].load(Manifest(f"keeper{len(hosts)}", kvstore=KVGrant()), KEEPER).result(WAIT)
 
         yield load

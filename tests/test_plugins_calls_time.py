@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -72,9 +73,9 @@ def test_no_call_ends_early_and_none_much_later(steps: list[tuple[str, float]], 
 
 
 @pytest.fixture
-def host() -> Iterator[PluginHost]:
+def host(compiled: Path) -> Iterator[PluginHost]:
     """Give a host."""
-    with Persistency(":memory:") as p, PluginHost(p) as host:
+    with Persistency(":memory:") as p, PluginHost(p, cache_dir=compiled) as host:
         yield host
 
 

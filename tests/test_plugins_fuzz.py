@@ -11,6 +11,7 @@ import ctypes
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -336,9 +337,12 @@ def signed(number: int) -> int:
 
 
 @pytest.fixture
-def host(tmp_path: Any) -> Any:
+def host(compiled: Path) -> Any:
     """Give a host in memory: the rows are compared, not the files."""
-    with Persistency(":memory:", clock=lambda: 1_700_000_000.0) as persistency, PluginHost(persistency) as opened:
+    with (
+        Persistency(":memory:", clock=lambda: 1_700_000_000.0) as persistency,
+        PluginHost(persistency, cache_dir=compiled) as opened,
+    ):
         yield opened
 
 

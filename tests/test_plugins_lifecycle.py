@@ -38,9 +38,9 @@ def p(tmp_path: Path) -> Iterator[Persistency]:
 
 
 @pytest.fixture
-def host(p: Persistency) -> Iterator[PluginHost]:
+def host(p: Persistency, compiled: Path) -> Iterator[PluginHost]:
     """Give a host where one call of a plugin runs at a time."""
-    with PluginHost(p, calls_max=1, calls_wait=None) as host:
+    with PluginHost(p, cache_dir=compiled, calls_max=1, calls_wait=None) as host:
         yield host
 
 

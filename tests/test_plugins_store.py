@@ -54,9 +54,9 @@ MB = 1_000_000
 
 
 @pytest.fixture
-def host(persistency: Persistency) -> Iterator[PluginHost]:
+def host(persistency: Persistency, compiled: Path) -> Iterator[PluginHost]:
     """Give a host over either adapter."""
-    with PluginHost(persistency) as opened:
+    with PluginHost(persistency, cache_dir=compiled) as opened:
         yield opened
 
 

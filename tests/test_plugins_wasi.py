@@ -17,6 +17,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,9 +64,9 @@ SUBSCRIPTION, EVENT = 48, 32  # bytes
 
 
 @pytest.fixture
-def host() -> Iterator[PluginHost]:
+def host(compiled: Path) -> Iterator[PluginHost]:
     """Give a host in memory."""
-    with Persistency(":memory:") as persistency, PluginHost(persistency) as opened:
+    with Persistency(":memory:") as persistency, PluginHost(persistency, cache_dir=compiled) as opened:
         yield opened
 
 
