@@ -47,7 +47,23 @@ def test_a_server_may_be_restarted_and_replaced_by_its_copy() -> None:
     assert totals["reads"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(RESTART_PLANTS))
-def test_planted_defect_is_seen(name: str) -> None:
+IN_DOUBT = ("--held", "--failovers", "0")
+
+
+def test_commits_that_are_in_doubt_are_done_once() -> None:
+    """A server that goes down when commits are on its medium, and nobody was told: they are found, and not repeated."""
+    totals = restarts(2, *IN_DOUBT)
+    assert not totals["findings"], totals["findings"]
+    assert totals["restarts"] == 2
+    assert totals["counted"] > 0
+
+
+@pytest.mark.parametrize(("name", "count", "options"), [("done-again", 2, IN_DOUBT), ("not-synced", 30, ())])
+def test_planted_defect_is_seen(name: str, count: int, options: tuple[str, ...]) -> None:
     """An engine that answers before a commit is on the medium, or doesn't ask whether a commit happened, is seen."""
-    assert restarts(30, "--plant", name)["findings"]
+    assert restarts(count, *options, "--plant", name)["findings"]
+
+
+def test_every_defect_is_planted() -> None:
+    """None is left out above."""
+    assert set(RESTART_PLANTS) == {"done-again", "not-synced"}

@@ -5,6 +5,9 @@ is shut down as a crash would, and started again, so many times; then it is shut
 which the service's URL names as the second host. Every row says which version it must have: one that was lost, or
 written twice, shows. Nobody may be kept waiting for longer than the server was away and a while.
 
+With `--held` the copy is held just before a shutdown, until a commit waits for it: that one is on the server's medium,
+and nobody was told. Else it is chance whether a shutdown meets a commit between the two.
+
 It prints the totals as the last line, one object of JSON.
 """
 
@@ -14,11 +17,12 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any
@@ -28,13 +32,14 @@ from tests.crash.kills import Said
 from tests.crash.ledger import ENDED, FLUSHED, ROWS, judge
 from tests.crash.running import PROJECT, command
 from tests.crash.writers import Writer
-from tests.postgres import Server, url_of
+from tests.postgres import Server, until, url_of
 from tests.soak.part import Part, Tell
 from tests.soak.postgres_kills import HANG_SECONDS, contents_of
 from tests.soak.postgres_plants import RESTART_PLANTS
 
 PATIENCE = 120.0  # seconds that a server may be away
 FLUSHES_BETWEEN = 20
+HELD_SECONDS = 2.0
 COUNTER = "counter", ("n",)
 COUNTING = threading.Lock()
 
@@ -199,6 +204,23 @@ class Watch:
             pass
 
 
+@contextmanager
+def held(server: Server, copy: Server) -> Iterator[None]:
+    """Hold what receives a server's log for its copy, and wait until a commit waits for that, if one ever does."""
+    receiving = copy.sql("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walreceiver'")
+    for (pid,) in receiving:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep' LIMIT 1"
+        with suppress(TimeoutError):  # an engine that doesn't sync waits for nobody
+            until(lambda: server.sql(waiting), "a commit waits for the copy", seconds=HELD_SECONDS)
+        yield
+    finally:
+        for (pid,) in receiving:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def ordeal(totals: Totals, arguments: argparse.Namespace, told: Callable[[Totals], None]) -> None:
     """Restart a server under load, and replace it by its copy."""
     begun = monotonic()
@@ -206,7 +228,8 @@ def ordeal(totals: Totals, arguments: argparse.Namespace, told: Callable[[Totals
         watch = Watch(url_of(server, copy, persistency_lease=5), arguments.seed, arguments.plant, totals)
         try:
             while totals.restarts < arguments.restarts and not totals.findings and watch.see(FLUSHES_BETWEEN):
-                server.restart(immediate=True)
+                with held(server, copy) if arguments.held else nullcontext():
+                    server.restart(immediate=True)
                 totals.restarts += 1
                 totals.seconds = round(monotonic() - begun, 1)
                 told(totals)
@@ -226,6 +249,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--serve", metavar="URL", help="be the service")
     parser.add_argument("--restarts", type=int, default=20)
     parser.add_argument("--failovers", type=int, choices=(0, 1), default=1)
+    parser.add_argument("--held", action="store_true", help="shut down when a commit waits for the copy")
     parser.add_argument("--plant", default="")
     parser.add_argument("--seed", type=int, required=True)
     arguments = parser.parse_args(given)
