@@ -42,8 +42,8 @@ def check_loop(totals: dict[str, Any], cycles: int) -> None:
 
 
 def test_kill_in_a_loop() -> None:
-    """Of 200 killed writers each leaves an exact prefix, whole batches, and every row whose commit was acknowledged."""
-    check_loop(kill_loop(200), 200)
+    """Of 100 killed writers each leaves an exact prefix, whole batches, and every row whose commit was acknowledged."""
+    check_loop(kill_loop(100), 100)
 
 
 def test_kill_in_a_loop_with_durability_power() -> None:

@@ -27,7 +27,7 @@ def test_a_storm_leaves_nothing_behind() -> None:
 
 def test_code_comes_and_goes_in_many_threads() -> None:
     """Plugins that share code are loaded anew and unloaded: what one lets go of, another one gets whole."""
-    outcome = apart(Plan(3_000, seed=2, only=["reload", "unload", "echo"]), timeout=100)
+    outcome = apart(Plan(2_000, seed=2, only=["reload", "unload", "echo"]), timeout=100)
     assert complaints(outcome, long=False) == []
     assert min(outcome.done.values()) > 500
 
