@@ -33,10 +33,11 @@ def _payload(row: int, size: int) -> bytes:
 
 @dataclass
 class Workload:
-    """`rows` rows with payloads of `payload_bytes`, in key order."""
+    """`rows` rows with payloads of `payload_bytes`, in key order, and `scanned_rows` besides, which scans read."""
 
     rows: int = 200_000
     payload_bytes: int = 100
+    scanned_rows: int = SCANNED_ROWS
     _plain: dict[int, list[Pair]] = field(default_factory=dict)
 
     @cached_property
@@ -56,7 +57,7 @@ class Workload:
     @cached_property
     def scanned(self) -> list[Pair]:
         """Rows of a name of their own, in key order; `SCANNED` is the prefix of their keys."""
-        return [(SCANNED + (row,), _payload(row, self.payload_bytes)) for row in range(SCANNED_ROWS)]
+        return [(SCANNED + (row,), _payload(row, self.payload_bytes)) for row in range(self.scanned_rows)]
 
     def for_contender(self, contender: Contender, rows: list[Pair]) -> list[Pair]:
         """Return rows as a contender takes them."""

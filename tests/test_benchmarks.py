@@ -23,16 +23,30 @@ from benchmarks.protocol import Contender, Way
 from benchmarks.targets import TARGETS, Judged, Target, judged
 from benchmarks.verify import Mismatch, check_answers, check_stored
 from benchmarks.workload import Workload
+from tests.garbage import heap_left_alone
+
+__all__ = ["heap_left_alone"]  # a fixture, for every test here
 
 REPOSITORY = Path(__file__).parent.parent
-WORKLOAD = Workload(rows=200, payload_bytes=10)
+WORKLOAD = Workload(rows=200, payload_bytes=10, scanned_rows=1_000)
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+# The command, except that what is measured beside threads that spin is over sooner.
+HURRIED = """
+import runpy
+from benchmarks.cases import pressure
+pressure.SPINNING_NS_MAX = 100_000_000
+runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
+"""
+
+
+def run(
+    *arguments: str, command: Sequence[str] = ("-m", "benchmarks"), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     inherited = {name: value for name, value in os.environ.items() if name != "PERSISTENCY_DATA"}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
+        [sys.executable, *command, *arguments],
         cwd=REPOSITORY,
         env=inherited | environment,
         capture_output=True,
@@ -63,7 +77,7 @@ def crippled(
 def test_the_command_measures_every_case(tmp_path: Path) -> None:
     """A small run exits with 0 and writes positive figures of all cases, ratios beside apsw, and the machine."""
     file = tmp_path / "report.json"
-    done = run("--contender", "apsw", "--rows", "500", "--repeat", "1", "--json", str(file))
+    done = run("--contender", "apsw", "--rows", "100", "--repeat", "1", "--json", str(file), command=("-c", HURRIED))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     figures = report["figures"]
@@ -254,6 +268,13 @@ def test_every_way_of_a_peer_is_measured_and_verified(name: str, case: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("case", ["scan", "scan-spinning"])
+def test_a_scan_is_of_as_many_rows_as_its_case_says(case: str) -> None:
+    """A run of the command scans them all; only tests have fewer."""
+    assert len(Workload().scanned) == CASES[case].rows
+    assert f"{CASES[case].rows:,} rows" in CASES[case].what
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_takes_part_in_what_it_can(name: str) -> None:
     """The cases a peer has ways for are those named above, so that none is lost in silence."""
@@ -267,25 +288,30 @@ WRITE_AND_DIE = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from benchmarks.contenders import load
-from tests.test_benchmarks import WORKLOAD
+from benchmarks.workload import Workload
 
 async def commit(put, rows):
     for key, payload in rows:
         await put(key, payload)
 
-name, at, directory = sys.argv[1:]
+name, rows, payload_bytes, *directories = sys.argv[1:]
 peer = load(name)
-way = peer.ways[int(at)]
-rows = WORKLOAD.for_contender(peer, WORKLOAD.ordered)
-runner = asyncio.Runner()
-write = way.make(peer.open_store(Path(directory), runner))
-if way.task == "commit":
-    for key, payload in rows:
-        write(key, payload)
-elif way.task == "acommit":
-    runner.run(commit(write, rows))
-else:
-    write(rows)
+workload = Workload(int(rows), int(payload_bytes))
+rows = workload.for_contender(peer, workload.ordered)
+left_open = []
+for directory in map(Path, directories):
+    way = peer.ways[int(directory.name)]
+    runner = asyncio.Runner()
+    store = peer.open_store(directory, runner)
+    write = way.make(store)
+    left_open += [store, write, runner]
+    if way.task == "commit":
+        for key, payload in rows:
+            write(key, payload)
+    elif way.task == "acommit":
+        runner.run(commit(write, rows))
+    else:
+        write(rows)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -294,20 +320,22 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_what_a_peer_has_committed_outlives_a_kill(name: str, tmp_path: Path) -> None:
     """All peers are set to the same durability: what a way of theirs has put or committed is there after SIGKILL."""
     peer = installed(name)
-    for at, way in enumerate(peer.ways):
-        if way.task not in {"put", "put-random", "commit", "acommit"}:
-            continue
-        directory = tmp_path / str(at)
+    writing = {"put", "put-random", "commit", "acommit"}
+    directories = [tmp_path / str(at) for at, way in enumerate(peer.ways) if way.task in writing]
+    assert directories
+    for directory in directories:
         directory.mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", WRITE_AND_DIE, name, str(at), str(directory)],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    sizes = (str(WORKLOAD.rows), str(WORKLOAD.payload_bytes))
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_AND_DIE, name, *sizes, *map(str, directories)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for directory in directories:
         check_stored(peer, directory, WORKLOAD.for_contender(peer, WORKLOAD.ordered))
 
 

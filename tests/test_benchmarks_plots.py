@@ -20,6 +20,9 @@ from benchmarks.harness import Sample, Series, run_case
 from benchmarks.report import as_json, from_json, ratios_table
 from benchmarks.targets import NOT_ASKED, Judged, Target, judged
 from benchmarks.workload import Workload
+from tests.garbage import heap_left_alone
+
+__all__ = ["heap_left_alone"]  # a fixture, for every test here
 
 REPOSITORY = Path(__file__).parent.parent
 MACHINE: dict[str, str | int] = {
@@ -292,14 +295,16 @@ def test_a_folder_that_cannot_be_made_is_told_beforehand(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"figures": [1], "targets": []}', '{"figures": [{}], "targets": []}']
 )
-def test_a_file_that_is_no_report_is_one_line(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_report_is_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What no run has written is told as such."""
     file = tmp_path / "report.json"
     file.write_text(text)
-    done = command("benchmarks.plots", str(file), str(tmp_path / "plots"))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"{file} is no report of this command; ")
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit) as ended:
+        plots.app([str(file), str(tmp_path / "plots")])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{file} is no report of this command; ")
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("matplotlib")
@@ -309,7 +314,7 @@ def test_a_run_draws_what_its_file_would_give(tmp_path: Path) -> None:
     small = ("--case", "get", "--case", "key", "--contender", "apsw", "--rows", "100", "--repeat", "2")
     done = command("benchmarks", *small, "--json", str(file), "--plots", str(tmp_path / "plots"))
     assert done.returncode == 0, done.stderr
-    assert command("benchmarks.plots", str(file), str(tmp_path / "again")).returncode == 0
+    plots.app([str(file), str(tmp_path / "again")], standalone_mode=False)
     names = {"targets.svg", "operations.svg"}
     assert {one.name for one in (tmp_path / "plots").iterdir()} == names
     assert all((tmp_path / "plots" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)

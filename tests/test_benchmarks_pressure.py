@@ -22,8 +22,11 @@ from benchmarks.protocol import CATEGORY, Contender, Pair, Queue, Way
 from benchmarks.verify import Mismatch
 from benchmarks.workload import Workload
 from persistency import key
+from tests.garbage import heap_left_alone
 
-WORKLOAD = Workload(rows=200, payload_bytes=10)
+__all__ = ["heap_left_alone"]  # a fixture, for every test here
+
+WORKLOAD = Workload(rows=200, payload_bytes=10, scanned_rows=1_000)
 ROWS: list[Pair] = [(bytes([row]), b"payload") for row in range(10)]
 Changed = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -34,6 +37,11 @@ def _no_thread_is_left() -> Iterator[None]:
     yield
     left = [thread.name for thread in threading.enumerate() if thread not in before]
     assert not [name for name in left if name.startswith(("spinner", "producer"))]
+
+
+@pytest.fixture(autouse=True)
+def _few_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pressure, "SCANS_SPINNING", 3)
 
 
 def ways(case: str) -> list[Way]:
@@ -316,8 +324,11 @@ def test_a_queue_is_let_go_whatever_happens(tmp_path: Path) -> None:
         assert store.job.count(CATEGORY).result(60) == WORKLOAD.rows
 
 
-def test_the_queue_is_all_that_is_collected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_queue_is_all_that_is_collected(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, heap_left_alone: Callable[[], object]
+) -> None:
     """While a collection is timed its rows wait: five for each row of the workload, with a key each, and no more."""
+    heap_left_alone()  # no more
     way = ways("collect")[0]
     queued: list[int] = []
     pending: list[int] = []

@@ -22,7 +22,10 @@ from benchmarks.verify import Mismatch
 from benchmarks.workload import Workload
 from persistency import Misuse, Persistency
 from persistency.codec import values as cbor
+from tests.garbage import heap_left_alone
 from tests.test_benchmarks import WORKLOAD, WRONG, crippled
+
+__all__ = ["heap_left_alone"]  # a fixture, for every test here
 
 MINE = [case.name for case in (*values.CASES, *batches.CASES)] + ["put-durable", "commit-durable"]
 

@@ -14,6 +14,9 @@ import pytest
 from benchmarks import checkpointers
 from benchmarks.verify import Mismatch
 from persistency.integrations.langgraph import PersistencySaver
+from tests.garbage import heap_left_alone
+
+__all__ = ["heap_left_alone"]  # a fixture, for every test here
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -16,6 +16,9 @@ pytest.importorskip("wasmtime", reason="needs the extra plugins")
 from benchmarks import plugins
 from benchmarks.verify import Mismatch
 from persistency.plugins import Plugin
+from tests.garbage import heap_left_alone
+
+__all__ = ["heap_left_alone"]  # a fixture, for every test here
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -13,7 +13,10 @@ import pytest
 from benchmarks import postgres
 from benchmarks.verify import Mismatch
 from persistency import key
+from tests.garbage import heap_left_alone
 from tests.postgres import fresh_url, postgres_url, sql
+
+__all__ = ["heap_left_alone"]  # a fixture, for every test here
 
 REPOSITORY = Path(__file__).parent.parent
 
