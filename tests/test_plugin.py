@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from persistency.testing import ManualClock
 TREE = Path(__file__).parent.parent
 WAIT = 20.0
 Run = Callable[..., "Ran"]
+# The plugins of others that are installed here, by their names. Without them a run takes a fifth of the time.
+OTHERS = frozenset(entry.name for entry in entry_points(group="pytest11")) - {"pytest_persistency"}
 
 
 class Ran:
@@ -39,14 +42,21 @@ class Ran:
 def run(tmp_path: Path) -> Run:
     """Give what runs pytest on a file of tests, with every warning an error."""
 
-    def run_on(program: str, *options: str, ini: str = "", conftest: str = "", site: Path | None = None) -> Ran:
+    def run_on(
+        program: str,
+        *options: str,
+        ini: str = "",
+        conftest: str = "",
+        site: Path | None = None,
+        beside: Collection[str] = (),
+    ) -> Ran:
         (tmp_path / "test_it.py").write_text(program)
         (tmp_path / "pytest.ini").write_text("[pytest]\n" + ini)
         (tmp_path / "conftest.py").write_text(conftest)
         path = os.pathsep.join(map(str, filter(None, (site, TREE))))
-        # Beside whatever else is installed, except that one of them warns about its own settings.
-        fixed = ["-q", "-W", "error", "--strict-config", "--strict-markers", "-pno:cacheprovider", "-pno:asyncio"]
-        command = [sys.executable, "-m", "pytest", *fixed, f"--basetemp={tmp_path / 'base'}", *options]
+        fixed = ["-q", "-W", "error", "--strict-config", "--strict-markers", "-pno:cacheprovider"]
+        without = [f"-pno:{name}" for name in sorted(OTHERS - set(beside))]
+        command = [sys.executable, "-m", "pytest", *fixed, *without, f"--basetemp={tmp_path / 'base'}", *options]
         environment = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": ""}
         finished = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
@@ -156,7 +166,9 @@ def test_a_name_is_cut_to_what_a_file_can_have(odd, persistency_job):
 @pytest.mark.parametrize("kind", ["disk", "memory"])
 def test_a_service_is_tested(run: Run, kind: str) -> None:
     """A store, a job named after the test, a clock that stands still; on disk, or in memory by the ini option."""
-    ran = run(SERVICE.replace("KIND", repr(kind)), *LOADED, ini=f"persistency_root = {kind}\n")
+    # Beside whatever else is installed, except that one of them warns about its own settings.
+    beside = OTHERS - {"asyncio"}
+    ran = run(SERVICE.replace("KIND", repr(kind)), *LOADED, ini=f"persistency_root = {kind}\n", beside=beside)
     assert (ran.code, ran.outcomes) == (0, {"passed": 11}), ran.said
 
 
@@ -273,7 +285,7 @@ def test_it_can_be_left_out(run: Run, site: Path) -> None:
 
 def test_it_works_in_several_processes(run: Run, site: Path) -> None:
     """`-n 2`, each with roots of its own; a failure at the end of a test is told from there too."""
-    ran = run(FAILING, "-n", "2", site=site)
+    ran = run(FAILING, "-n", "2", site=site, beside={"xdist"})
     assert ran.outcomes == {"passed": 4, "error": 2}, ran.said
 
 
@@ -295,7 +307,7 @@ async def test_it(persistency_job, persistency_store, persistency_clock):
     other = await persistency_store.aopen_job("other")
     assert await other.count("c") == 0
 """
-    ran = run(program, *LOADED)
+    ran = run(program, *LOADED, beside={"anyio"})
     assert (ran.code, ran.outcomes) == (0, {"passed": 1}), ran.said
 
 
