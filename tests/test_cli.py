@@ -29,10 +29,12 @@ from persistency.cli.jsonable import exact_json, loads, payload_from_json, paylo
 from persistency.cli.keys import as_texts, format_key, key_from_json, key_to_json, parse_key
 from persistency.cli.records import RecordFile
 from persistency.codec.values import decode, encode
+from tests.forks import COMMAND_LINE, Forks
 
 DATA = os.environ.get("PERSISTENCY_DATA")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(persistency.__file__).parents[1])}
 COMMAND = [sys.executable, "-m", "persistency"]
+FORKS = Forks(*COMMAND_LINE, environment=ENVIRONMENT)
 PACKAGES = [
     {"package": name, "section": section, "size": size}
     for section, name, size in [
@@ -44,15 +46,7 @@ PACKAGES = [
 
 def run(*typed: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, which must have this exit code and no traceback."""
-    ended = subprocess.run(
-        [*COMMAND, *map(str, typed)],
-        check=False,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=60,
-        env=ENVIRONMENT,
-    )
+    ended = FORKS.run_module("persistency", *map(str, typed), timeout=60)
     assert ended.returncode == code, (ended.stdout, ended.stderr)
     assert "Traceback" not in ended.stderr
     return ended

@@ -7,17 +7,27 @@ import re
 import shlex
 import sqlite3
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.forks import COMMAND_LINE, Forks
 from tests.postgres import fresh_url
 
 SERVER = "DATABASE_URL"  # what a page calls the URL of a server
 
 README = Path(__file__).parent.parent / "README.md"
+# Beside the package that is being tested, with every warning an error. A block that runs pytest names the plugin it is
+# about; what happens to be installed here besides would take four fifths of the time.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(README.parent),
+    "PYTHONWARNINGS": "error",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}
+PROGRAMS = Forks("asyncio", "persistency", options=("-X", "dev"), environment=ENVIRONMENT)
+FORKS = Forks(*COMMAND_LINE, environment=ENVIRONMENT)
 PAGES = [README, *sorted((README.parent / "docs").rglob("*.md"))]
 # Pages whose blocks make one whole, or are in other languages, and the tests that run them.
 AS_A_WHOLE = {"tutorial.md": "test_tutorial.py", "plugin-abi.md": "test_plugins_guests.py"}
@@ -48,12 +58,6 @@ def server_of(block: str) -> dict[str, str]:
     return {SERVER: fresh_url()} if SERVER in block else {}
 
 
-def run(command: list[str], cwd: Path, server: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command beside the package that is being tested."""
-    environment = {**os.environ, **server, "PYTHONPATH": str(README.parent), "PYTHONWARNINGS": "error"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False)
-
-
 def test_every_block_is_of_a_kind_that_is_executed() -> None:
     """There is no code block that the tests here don't know how to run."""
     assert {name for name, _, _ in BLOCKS} <= {"python", "sh", "sql"}
@@ -69,9 +73,8 @@ def test_every_block_is_of_a_kind_that_is_executed() -> None:
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_blocks_run(block: str, tmp_path: Path) -> None:
     """A Python program runs from an empty directory, and again where it has run, without a warning."""
-    server = server_of(block)
-    for _ in range(2):
-        finished = run([sys.executable, "-X", "dev", "-c", block], tmp_path, server)
+    environment = ENVIRONMENT | server_of(block)
+    for finished in PROGRAMS.run_program(block, cwd=tmp_path, environment=environment, times=2):
         assert finished.returncode == 0, finished.stderr
         assert "Warning" not in finished.stderr
         assert "Traceback" not in finished.stderr
@@ -115,9 +118,13 @@ def test_shell_blocks_run(block: str, tmp_path: Path) -> None:
     for line in lines:
         words = [server.get(SERVER, "") if word == f"${SERVER}" else word for word in shlex.split(line)]
         if words[0] in {"persistency", "printf"}:
-            ours = words[0] == "persistency"
-            command = [sys.executable, "-m", *words] if ours else ["bash", "-euo", "pipefail", "-c", line]
-            finished = run(command, tmp_path, server)
+            if words[0] == "persistency":
+                finished = FORKS.run_module(*words, cwd=tmp_path, environment=ENVIRONMENT | server)
+            else:
+                command = ["bash", "-euo", "pipefail", "-c", line]
+                finished = subprocess.run(
+                    command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+                )
             assert finished.returncode == 0, finished.stderr
             assert "Traceback" not in finished.stderr
         else:
