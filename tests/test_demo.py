@@ -21,25 +21,18 @@ from persistency.cli.ending import Fault
 from persistency.cli.stream import Beside, Posted, percentile_ms, stream
 from persistency.cli.verify import count_faults, prefix_faults, rows_faults, survival_faults
 from persistency.codec.values import decode, encode
+from tests.forks import COMMAND_LINE, Forks
 
 DATA = os.environ.get("PERSISTENCY_DATA")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(persistency.__file__).parents[1])}
 COMMAND = [sys.executable, "-m", "persistency", "demo"]
-NAMED = sum(1 for code_point in range(sys.maxunicode + 1) if unicodedata.name(chr(code_point), None) is not None)
+FORKS = Forks(*COMMAND_LINE, "persistency.cli.demo", environment=ENVIRONMENT)
 
 
 def run(*typed: str | Path, code: int = 0, tmp: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the demonstration to its end, which must have this exit code and no traceback."""
     environment = ENVIRONMENT if tmp is None else ENVIRONMENT | {"TMPDIR": str(tmp)}
-    ended = subprocess.run(
-        [*COMMAND, *map(str, typed)],
-        check=False,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=100,
-        env=environment,
-    )
+    ended = FORKS.run_module("persistency", "demo", *map(str, typed), environment=environment)
     assert ended.returncode == code, (ended.stdout, ended.stderr)
     assert "Traceback" not in ended.stderr
     return ended
@@ -61,7 +54,8 @@ def test_the_characters_of_unicode(tmp_path: Path) -> None:
     """Without arguments it streams every named character, checks all, and leaves nothing behind."""
     ended = run("--json", tmp=tmp_path)
     summary = json.loads(ended.stdout)
-    check(summary, NAMED, NAMED)
+    named = sum(1 for code_point in range(sys.maxunicode + 1) if unicodedata.name(chr(code_point), None) is not None)
+    check(summary, named, named)
     counts = {row["prefix"][0]: row["rows"] for row in summary["prefixes"]}
     assert counts["Lu"] == sum(
         1 for code_point in range(sys.maxunicode + 1) if unicodedata.category(chr(code_point)) == "Lu"

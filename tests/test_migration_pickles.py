@@ -311,72 +311,87 @@ def long_parts(times: int) -> bytes:
     return key + b"0" + key + b"0}h\x00Ns" + b"h\x01Ns" * times + b"."
 
 
-NUMBERS = b"](" + b"".join(number(at) for at in range(200_000)) + b"e\x940"
-COLLIDING = b"".join(number((2**61 - 1) * at) for at in range(1, 50_000))
-BOMBS: dict[str, bytes] = {
-    "memo": b"Nr\xff\xff\xff\x7f.",
-    "memo-digits": b"Np99999999999999999999\n.",
-    "bytes": b"\x8e" + struct.pack("<Q", 2**62) + b"x.",
-    "text": b"\x8d" + struct.pack("<Q", 2**62) + b"x.",
-    "array": b"\x96" + struct.pack("<Q", 2**40) + b"x.",
-    "bytes-4": b"B\xff\xff\xff\xffx.",
-    "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N",
-    "digits": b"I" + b"9" * 1_000_000 + b"\n.",
-    "long-digits": b"L" + b"9" * 1_000_000 + b"L\n.",
-    "float-digits": b"F" + b"9" * 1_000_000 + b"\n.",
-    "long": b"\x8b" + struct.pack("<i", 10_000_000) + b"\x7f" * 10_000_000 + b".",
-    "decimal": named("decimal", "Decimal") + b"X" + struct.pack("<I", 1_000_000) + b"9" * 1_000_000 + b"\x85R.",
-    "laughing-tuples": doubled(b")", b"\x86") + b".",
-    "laughing-lists": b"]\x94"
-    + b"".join(b"](h" + bytes((at,)) * 1 + b"h" + bytes((at,)) + b"e\x94" for at in range(60))
-    + b".",
-    "laughing-key": b"}" + doubled(b")", b"\x86")[:-1] + b"\x94h<K\x01s.",
-    "laughing-member": b"\x8f(" + doubled(b")", b"\x86")[:-1] + b"\x90.",
-    "laughing-frozen": b"(" + doubled(b")", b"\x86")[:-1] + b"\x91.",
-    "long-text-often": b"(X" + struct.pack("<I", 1_000_000) + b"x" * 1_000_000 + b"\x94" + b"h\x00" * 500_000 + b"l.",
-    "itself": b"]\x94h\x00a.",
-    "itself-in-a-dict": b"}\x94" + short("k") + b"h\x00s.",
-    "sets": b"(" + b"\x8f" * 3_000_000 + b"l.",
-    "nothings": b"(" + b"N" * 3_000_000 + b"l.",
-    "deep": b"]" * 400_000 + b"a" * 399_999 + b".",
-    "deep-tuples": b")" + b"\x85" * 1_000_000 + b".",
-    "deep-key": b"})" + b"\x85" * 1_000_000 + b"K\x01s.",
-    "marks": b"(" * 3_000_000 + b".",
-    "colliding-dict": b"}(" + b"".join(number((2**61 - 1) * at) + b"N" for at in range(1, 50_000)) + b"u.",
-    "colliding-set": b"\x8f(" + COLLIDING + b"\x90.",
-    "colliding-frozenset": b"(" + COLLIDING + b"\x91.",
-    "colliding-one-by-one": b"}" + b"".join(number((2**61 - 1) * at) + b"Ns" for at in range(1, 50_000)) + b".",
-    "colliding-two-by-two": b"\x8f"
-    + b"".join(b"(" + number((2**61 - 1) * at) + b"\x90" for at in range(1, 50_000))
-    + b".",
-    "colliding-set-of-old": named("builtins", "set") + b"(" + COLLIDING + b"l\x85R.",
-    "named-by-itself": b"](K\x01e\x94"
-    + b"".join(b"](" + (b"h" + bytes((at,))) * 10 + b"e\x94" for at in range(9))
-    + short("x")
-    + b"\x93.",
-    "named-deep": b"]" * 5_000 + b"a" * 4_999 + short("x") + b"\x93.",
-    "sets-of-old": NUMBERS + made(named("builtins", "set"), b"\x85", 2_000),
-    "frozensets-of-old": NUMBERS + made(named("builtins", "frozenset"), b"\x85", 2_000),
-    "arrays-of-old": b"C\x01x0B"
-    + struct.pack("<I", 1 << 20)
-    + bytes(1 << 20)
-    + b"\x940"
-    + made(named("builtins", "bytearray"), b"\x85", 3_000),
-    "bytes-of-old": long_text(1 << 20) + made(named("_codecs", "encode"), short("latin1") + b"\x86", 3_000),
-    "arrays-of-old-text": long_text(1 << 20) + made(named("builtins", "bytearray"), short("latin1") + b"\x86", 3_000),
-    "decimals-of-old": long_text(4_300) + made(named("decimal", "Decimal"), b"\x85", 100_000),
-    "long-number-often": b"\x8b" + struct.pack("<i", 1_024) + b"\x01" * 1_024 + b"\x940(" + b"h\x00" * 700_000 + b"l.",
-    "long-decimal-often": named("decimal", "Decimal")
-    + b"X"
-    + struct.pack("<I", 4_000)
-    + b"7" * 4_000
-    + b"\x85R\x940("
-    + b"h\x00" * 700_000
-    + b"l.",
-    "late-collisions": after_a_look(40_000),
-    "long-parts-of-keys": long_parts(500_000),
-    "long-keys": b"}X" + struct.pack("<I", 1_000_000) + b"x" * 1_000_000 + b"Ns.",
-}
+def made_bombs() -> dict[str, bytes]:
+    """Pickles that are not very large, and stand for far more; it takes a second to make them."""
+    numbers = b"](" + b"".join(number(at) for at in range(200_000)) + b"e\x940"
+    colliding = b"".join(number((2**61 - 1) * at) for at in range(1, 50_000))
+    return {
+        "memo": b"Nr\xff\xff\xff\x7f.",
+        "memo-digits": b"Np99999999999999999999\n.",
+        "bytes": b"\x8e" + struct.pack("<Q", 2**62) + b"x.",
+        "text": b"\x8d" + struct.pack("<Q", 2**62) + b"x.",
+        "array": b"\x96" + struct.pack("<Q", 2**40) + b"x.",
+        "bytes-4": b"B\xff\xff\xff\xffx.",
+        "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N",
+        "digits": b"I" + b"9" * 1_000_000 + b"\n.",
+        "long-digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+        "float-digits": b"F" + b"9" * 1_000_000 + b"\n.",
+        "long": b"\x8b" + struct.pack("<i", 10_000_000) + b"\x7f" * 10_000_000 + b".",
+        "decimal": named("decimal", "Decimal") + b"X" + struct.pack("<I", 1_000_000) + b"9" * 1_000_000 + b"\x85R.",
+        "laughing-tuples": doubled(b")", b"\x86") + b".",
+        "laughing-lists": b"]\x94"
+        + b"".join(b"](h" + bytes((at,)) * 1 + b"h" + bytes((at,)) + b"e\x94" for at in range(60))
+        + b".",
+        "laughing-key": b"}" + doubled(b")", b"\x86")[:-1] + b"\x94h<K\x01s.",
+        "laughing-member": b"\x8f(" + doubled(b")", b"\x86")[:-1] + b"\x90.",
+        "laughing-frozen": b"(" + doubled(b")", b"\x86")[:-1] + b"\x91.",
+        "long-text-often": b"(X"
+        + struct.pack("<I", 1_000_000)
+        + b"x" * 1_000_000
+        + b"\x94"
+        + b"h\x00" * 500_000
+        + b"l.",
+        "itself": b"]\x94h\x00a.",
+        "itself-in-a-dict": b"}\x94" + short("k") + b"h\x00s.",
+        "sets": b"(" + b"\x8f" * 3_000_000 + b"l.",
+        "nothings": b"(" + b"N" * 3_000_000 + b"l.",
+        "deep": b"]" * 400_000 + b"a" * 399_999 + b".",
+        "deep-tuples": b")" + b"\x85" * 1_000_000 + b".",
+        "deep-key": b"})" + b"\x85" * 1_000_000 + b"K\x01s.",
+        "marks": b"(" * 3_000_000 + b".",
+        "colliding-dict": b"}(" + b"".join(number((2**61 - 1) * at) + b"N" for at in range(1, 50_000)) + b"u.",
+        "colliding-set": b"\x8f(" + colliding + b"\x90.",
+        "colliding-frozenset": b"(" + colliding + b"\x91.",
+        "colliding-one-by-one": b"}" + b"".join(number((2**61 - 1) * at) + b"Ns" for at in range(1, 50_000)) + b".",
+        "colliding-two-by-two": b"\x8f"
+        + b"".join(b"(" + number((2**61 - 1) * at) + b"\x90" for at in range(1, 50_000))
+        + b".",
+        "colliding-set-of-old": named("builtins", "set") + b"(" + colliding + b"l\x85R.",
+        "named-by-itself": b"](K\x01e\x94"
+        + b"".join(b"](" + (b"h" + bytes((at,))) * 10 + b"e\x94" for at in range(9))
+        + short("x")
+        + b"\x93.",
+        "named-deep": b"]" * 5_000 + b"a" * 4_999 + short("x") + b"\x93.",
+        "sets-of-old": numbers + made(named("builtins", "set"), b"\x85", 2_000),
+        "frozensets-of-old": numbers + made(named("builtins", "frozenset"), b"\x85", 2_000),
+        "arrays-of-old": b"C\x01x0B"
+        + struct.pack("<I", 1 << 20)
+        + bytes(1 << 20)
+        + b"\x940"
+        + made(named("builtins", "bytearray"), b"\x85", 3_000),
+        "bytes-of-old": long_text(1 << 20) + made(named("_codecs", "encode"), short("latin1") + b"\x86", 3_000),
+        "arrays-of-old-text": long_text(1 << 20)
+        + made(named("builtins", "bytearray"), short("latin1") + b"\x86", 3_000),
+        "decimals-of-old": long_text(4_300) + made(named("decimal", "Decimal"), b"\x85", 100_000),
+        "long-number-often": b"\x8b"
+        + struct.pack("<i", 1_024)
+        + b"\x01" * 1_024
+        + b"\x940("
+        + b"h\x00" * 700_000
+        + b"l.",
+        "long-decimal-often": named("decimal", "Decimal")
+        + b"X"
+        + struct.pack("<I", 4_000)
+        + b"7" * 4_000
+        + b"\x85R\x940("
+        + b"h\x00" * 700_000
+        + b"l.",
+        "late-collisions": after_a_look(40_000),
+        "long-parts-of-keys": long_parts(500_000),
+        "long-keys": b"}X" + struct.pack("<I", 1_000_000) + b"x" * 1_000_000 + b"Ns.",
+    }
+
+
 BOUNDED = """
 import pickle, resource, sys
 from persistency import CBOR, Misuse
@@ -400,16 +415,17 @@ for name, data in bombs.items():
 
 def test_no_pickle_costs_without_bound() -> None:
     """Bombs of every kind end soon, within 1.5 GB of address space, in a refusal; so does what they hold, as CBOR."""
+    bombs = made_bombs()
     ended = subprocess.run(
         [sys.executable, "-c", BOUNDED],
-        input=pickle.dumps(BOMBS),
+        input=pickle.dumps(bombs),
         capture_output=True,
         timeout=100,
         check=False,
         cwd=HOUSE,
     )
     said = dict(line.split(": ", 1) for line in ended.stdout.decode().splitlines())
-    assert (ended.returncode, said.keys()) == (0, BOMBS.keys()), (ended.stdout[-300:], ended.stderr[-500:])
+    assert (ended.returncode, said.keys()) == (0, bombs.keys()), (ended.stdout[-300:], ended.stderr[-500:])
     for name in ("memo", "memo-digits"):  # a place is a number, and nothing is set aside for those before it
         assert said.pop(name) == "read, and 1"
     for name in ("deep", "deep-tuples"):
