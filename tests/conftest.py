@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,14 @@ __all__ = ["in_loop"]  # a fixture, for every test
 
 # A job in the background of a shell without job control is started with SIGINT ignored, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Take what was collected out of the collecting of garbage: it is most of a million objects, and looking through
+    them took 0.3 s each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

@@ -283,7 +283,7 @@ def test_a_host_that_is_closed_waits_for_no_bomb(started: Started) -> None:
         host.close(WAIT)
         for reply in replies:
             with pytest.raises(Closed):
-                reply.result(0)
+                reply.result(WAIT)
     assert [child.returncode for child in started.children] == [-9]
 
 

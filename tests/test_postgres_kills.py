@@ -33,11 +33,16 @@ def kill_loop(cycles: int, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("durability", ["process", "power"])
 def test_an_owner_that_is_killed_leaves_an_exact_prefix(durability: str) -> None:
     """Each of ten owners finds what the one before has left: no hole, no half batch, nothing acknowledged missing."""
-    totals = kill_loop(10, "--durability", durability)
-    assert not totals["findings"], totals["findings"]
-    assert totals["cycles"] == 10
-    assert totals["between"] >= 3  # or the kills would have proved nothing
-    assert totals["recovered"] > 0
+    between = 0
+    for turn in range(10):  # where a kill falls is chance, and on a busy machine few fall beside writes
+        totals = kill_loop(10, "--durability", durability, "--seed", str(SEED + turn))
+        assert not totals["findings"], totals["findings"]
+        assert totals["cycles"] == 10
+        assert totals["recovered"] > 0
+        between += totals["between"]
+        if between >= 3:
+            return
+    pytest.fail(f"{between} kills fell beside writes, so they have proved nothing")
 
 
 @pytest.mark.parametrize("name", sorted(PLANTS))
