@@ -28,7 +28,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Leave nothing on a server that is somebody else's."""
+    """Leave nothing on a server that is somebody else's, and to pytest's plugins the garbage as it was."""
+    gc.unfreeze()
     postgres.drop_schemas()
 
 

@@ -387,6 +387,26 @@ def test_tables_of_a_later_release_are_left_alone(url: str) -> None:
             persistency.stored_jobs()
 
 
+def test_an_interrupt_while_the_renewing_begins_is_made_good(url: str) -> None:
+    """A Ctrl-C before the thread was started leaves none that is taken for one: the next job is renewed."""
+    parts = PostgresRoot(parsed(with_parameters(url, persistency_lease=1)))
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "persistency:leases":
+            raise KeyboardInterrupt
+        start(thread)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            parts.stored()
+    store = parts.open("j", StoreOptions())
+    first = store._lease.until
+    until(lambda: store._lease.until > first, "the lease is renewed")
+    store.close()
+
+
 def test_making_one_touches_nothing() -> None:
     """Nothing is connected to, and nothing made, before the first job; what isn't there is an empty list."""
     url = fresh_url()

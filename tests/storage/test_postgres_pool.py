@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -142,6 +145,86 @@ def test_what_was_cut_off_meanwhile_is_replaced(made: list[FakeSession]) -> None
     made[1].cut_off = True
     assert pool.borrow(other) is made[2]  # type: ignore[comparison-overlap]  # a stand-in
     assert made[1].closed
+
+
+def interrupted(module: str, function: str, called: str, act: Callable[[], object]) -> None:
+    """Do something, with a Ctrl-C as soon as a function has called something of a name."""
+
+    def look(frame: Any, event: str, arg: Any) -> None:
+        if event != "c_return" and event != "call":
+            return
+        inside, name = (frame, arg.__name__) if event == "c_return" else (frame.f_back, frame.f_code.co_name)
+        if name == called and inside.f_code.co_name == function and inside.f_code.co_filename.endswith(module):
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(look)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            act()
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize(
+    ("function", "called"), [("_queue_up", "append"), ("_queue_up", "add"), ("_wait", "connect"), ("_wait", "add")]
+)
+def test_an_interrupt_while_a_session_is_made_leaves_the_room_to_others(function: str, called: str) -> None:
+    """Whoever is gone waits for nothing any more, and what nobody has counts for nothing."""
+    made: list[int] = []
+
+    def connect() -> Any:
+        made.append(1)
+        return FakeSession()
+
+    pool = Pool(connect, 1)
+
+    def borrow() -> None:
+        holder = Holder()
+        try:
+            pool.borrow(holder)
+        finally:
+            pool.leave(holder)
+
+    interrupted("pool.py", function, called, borrow)
+    gc.collect()  # of the interrupt's traceback
+    assert not pool._waiting
+    holder = Holder()
+    assert pool.borrow(holder) is not None
+    assert pool._count == 1
+    pool.park(holder)
+    assert holder.session is not None
+
+
+def test_a_session_that_is_busy_is_given_up_for_somebody_else(made: list[FakeSession]) -> None:
+    """What was sent ahead keeps nobody from a session; a sound one is taken first."""
+    pool, one, other, third = pool_of(2, made), Holder(), Holder(), Holder()
+    for holder in (one, other):
+        pool.borrow(holder)
+    made[0].broken, made[0].idle = True, False
+    pool.park(one, busy=True)
+    pool.park(other)
+    assert pool.borrow(third) is made[1]  # type: ignore[comparison-overlap]  # a stand-in
+    assert pool.borrow(other) is made[2]  # type: ignore[comparison-overlap]  # a stand-in
+    assert made[0].closed
+    assert one.session is None
+    assert pool._count == 2
+
+
+def test_who_is_short_of_sessions_sends_nothing_ahead(made: list[FakeSession], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once somebody had to take one from somebody else, all keep them for their turns, for a while."""
+    clock = [1000.0]
+    monkeypatch.setattr(pool_module, "monotonic", lambda: clock[0])
+    pool, one, other = pool_of(1, made), Holder(), Holder()
+    pool.borrow(one)
+    pool.park(one)
+    assert pool.at_hand(one) is made[0]  # type: ignore[comparison-overlap]  # a stand-in
+    pool.park(one)
+    pool.borrow(other)
+    pool.park(other)
+    assert pool.at_hand(other) is None
+    clock[0] += pool_module.SCARCE_SECONDS
+    assert pool.at_hand(other) is made[0]  # type: ignore[comparison-overlap]  # a stand-in
 
 
 def test_a_connection_that_fails_leaves_its_room(made: list[FakeSession]) -> None:

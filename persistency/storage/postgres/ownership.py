@@ -87,11 +87,15 @@ class Leases:
         """See that there is somebody to renew leases, and to close sessions that nobody uses."""
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._keep, name="persistency:leases", daemon=True)
+                thread = threading.Thread(target=self._keep, name="persistency:leases", daemon=True)
                 try:
-                    self._thread.start()
+                    self._thread = thread
+                    thread.start()
                 except RuntimeError:  # the interpreter ends: what is still to be written renews by itself
                     self._thread = None
+                except BaseException:  # an interrupt: one that begins all the same sees that it isn't wanted
+                    self._thread = thread if thread.is_alive() else None
+                    raise
 
     @contextmanager
     def taking(self, job: str) -> Iterator[bool]:
@@ -143,6 +147,9 @@ class Leases:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _keep(self) -> None:
+        with self._lock:
+            if self._thread is not threading.current_thread():  # whoever has started it was interrupted, and has not
+                return
         pause = 0.0
         while True:
             self._nothing.wait(pause)

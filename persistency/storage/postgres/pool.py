@@ -15,6 +15,7 @@ Doesn't know: jobs, statements, transactions.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -23,6 +24,7 @@ from persistency.storage.postgres.faults import Lost
 from persistency.storage.postgres.session import Session
 
 WAIT_SECONDS_MAX = 20.0
+SCARCE_SECONDS = 1.0  # after somebody had to do without, whoever has a session keeps it for his own turns alone
 
 
 class Holder:
@@ -41,10 +43,13 @@ class Pool:
         self._connect = connect
         self._max = sessions_max
         self._lock = threading.RLock()  # a signal handler may use a job too
-        self._count = 0  # open, or about to be
+        # Counted by what there is: a session that an interrupt has taken out of every hand is gone from here, too.
+        self._open: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._connecting: set[threading.Event] = set()
         self._free: list[Session] = []
         self._parked: dict[Holder, None] = {}  # who has one and doesn't use it, the longest idle first
         self._waiting: deque[threading.Event] = deque()
+        self._scarce_until = 0.0  # monotonic: somebody had to take one from somebody else, or to wait
 
     def borrow(self, holder: Holder) -> Session:
         """Return a session for a turn: the one it had, if it still has it. Raises `Lost`."""
@@ -54,65 +59,86 @@ class Pool:
                 if session is not None:
                     self._parked.pop(holder, None)
                 elif not self._waiting:
-                    session = holder.session = self._spare()
+                    session = self._spare(holder)
             if session is None:
-                session = holder.session = self._wait()
+                session = self._wait(holder)
             if not (session.broken or session.is_cut_off()):
                 return session
             self.give_up(holder)  # while nobody used it
 
     def at_hand(self, holder: Holder, *, busy: bool = False) -> Session | None:
-        """Lend a holder the session it has, if it still has it and that is as `busy`, or not, as is said."""
+        """Lend a holder the session it has, if it still has it and that is as `busy`, or not, as is said.
+
+        One that isn't is lent only where nobody else is short of sessions.
+        """
         with self._lock:
             session = holder.session
-            if session is None or session.broken != busy or not (busy or not session.is_cut_off()):
+            if session is None or session.broken != busy:
+                return None
+            if not busy and (monotonic() < self._scarce_until or session.is_cut_off()):
                 return None
             self._parked.pop(holder, None)
             return session
 
-    def _spare(self) -> Session | None:
+    @property
+    def _count(self) -> int:
+        """How many sessions are open, or about to be."""
+        return len(self._open) + len(self._connecting)
+
+    def _spare(self, holder: Holder) -> Session | None:
+        """Give a holder one that nobody uses, if there is one and no more may be opened; return it."""
         if self._free:
-            return self._free.pop()
+            holder.session = self._free[-1]  # between the two no call: an interrupt comes with one
+            del self._free[-1]
+            return holder.session
         if self._count < self._max or not self._parked:
             return None
-        holder = next((holder for holder in self._parked if not _is_busy(holder)), next(iter(self._parked)))
-        del self._parked[holder]
-        session, holder.session = holder.session, None
-        if session is not None and session.broken:  # what its holder has sent ahead can be sent again
-            self._count -= 1
-            session.close()
+        self._scarce_until = monotonic() + SCARCE_SECONDS
+        other = next((other for other in self._parked if not _is_busy(other)), next(iter(self._parked)))
+        if _is_busy(other):  # what it has sent ahead it can send again
+            self.give_up(other)
             return None
-        return session
+        holder.session, other.session = other.session, None
+        del self._parked[other]
+        return holder.session
 
-    def _wait(self) -> Session:
+    def _wait(self, holder: Holder) -> Session:
         deadline = monotonic() + WAIT_SECONDS_MAX
         turn = threading.Event()
-        with self._lock:
-            self._waiting.append(turn)
         try:
-            while True:
+            self._queue_up(holder, turn, deadline)
+            if holder.session is None:
+                session = self._connect()
                 with self._lock:
-                    if self._waiting[0] is turn:
-                        session = self._spare()
-                        if session is not None:
-                            return session
-                        if self._count < self._max:
-                            self._count += 1
-                            break
-                    turn.clear()
-                if not turn.wait(max(0.0, deadline - monotonic())) and monotonic() >= deadline:
-                    raise Lost(f"all {self._max} connections have been in use for {WAIT_SECONDS_MAX:g} s")
+                    self._open.add(session)
+                    holder.session = session
+            assert holder.session is not None
+            return holder.session
         finally:
             with self._lock:
-                self._waiting.remove(turn)
+                self._connecting.discard(turn)
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
                 self._wake()
-        try:
-            return self._connect()
-        except BaseException:
+
+    def _queue_up(self, holder: Holder, turn: threading.Event, deadline: float) -> None:
+        """Wait until the holder has a session, or one may be opened for it."""
+        with self._lock:
+            self._waiting.append(turn)
+        while True:
             with self._lock:
-                self._count -= 1
-                self._wake()
-            raise
+                if self._waiting[0] is turn:
+                    if self._spare(holder) is not None:
+                        return
+                    if self._count < self._max:
+                        self._connecting.add(turn)
+                        self._waiting.remove(turn)
+                        self._wake()
+                        return
+                turn.clear()
+                self._scarce_until = monotonic() + SCARCE_SECONDS
+            if not turn.wait(max(0.0, deadline - monotonic())) and monotonic() >= deadline:
+                raise Lost(f"all {self._max} connections have been in use for {WAIT_SECONDS_MAX:g} s")
 
     def _wake(self) -> None:
         if self._waiting:
@@ -123,7 +149,8 @@ class Pool:
         session = holder.session
         if session is None:
             return
-        if bool(self._waiting) if busy else session.broken or not session.idle:
+        sound = not session.broken and session.idle
+        if not (sound or (busy and not self._waiting)):
             self.give_up(holder)
             return
         session.used_at = monotonic()
@@ -142,7 +169,7 @@ class Pool:
             self._parked.pop(holder, None)
             if session is None:
                 return
-            self._count -= 1
+            self._open.discard(session)
             self._wake()
         session.close()
 
@@ -158,7 +185,7 @@ class Pool:
                 self._free.append(session)
                 self._wake()
                 return
-            self._count -= 1
+            self._open.discard(session)
             self._wake()
         session.close()
 
@@ -173,7 +200,7 @@ class Pool:
                 assert holder.session is not None
                 gone.append(holder.session)
                 holder.session = None
-            self._count -= len(gone)
+            self._open.difference_update(gone)
             self._wake()
             left = self._count
         for session in gone:

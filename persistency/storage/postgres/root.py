@@ -81,8 +81,12 @@ class PostgresRoot:
             generation, found = self._take(session, job_id, job, options)
             session.run(COMMIT, ())
             lease = self._leases.add(job.decode(), generation, asked)
-            place = self._pool, self._statements, self._leases
-            return PostgresStore(job_id, job, options, place, lease, found._replace(rings=rings))
+            try:
+                place = self._pool, self._statements, self._leases
+                return PostgresStore(job_id, job, options, place, lease, found._replace(rings=rings))
+            except BaseException:
+                self._leases.remove(lease)
+                raise
 
         with self._taking(job_id, job):
             return self._turn(act, f"job {job_id!r} can't be opened")
