@@ -87,7 +87,7 @@ class Mailbox(Door):
 
     def get(self, category: bytes, key: bytes) -> Reply[bytes | None]:
         """Answer a point read: in place if nothing is waiting and the turn is free, else through the line."""
-        if not self._messages and (self._inline or running_loop() is None):
+        if not self._messages and self.get_in_place is not None and (self._inline or running_loop() is None):
             reply = _new_reply(Reply)
             try:
                 with self._lock:

@@ -149,8 +149,7 @@ class Pool:
         session = holder.session
         if session is None:
             return
-        sound = not session.broken and session.idle
-        if not (sound or (busy and not self._waiting)):
+        if self._waiting if busy else session.broken or not session.idle:
             self.give_up(holder)
             return
         session.used_at = monotonic()
