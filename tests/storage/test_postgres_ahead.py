@@ -74,20 +74,23 @@ def test_what_was_sent_ahead_is_not_sent_again(url: str, sent: list[bytes]) -> N
     store.close()
 
 
-@pytest.mark.parametrize("does", ["apply", "read", "reap", "settle", "close", "prefetch"])
+@pytest.mark.parametrize("does", ["apply", "apply another read", "read", "reap", "settle", "close", "prefetch"])
 def test_whatever_comes_first_takes_it_off(url: str, does: str) -> None:
     """The session is sound afterwards, and the read is asked in its turn."""
     store = opened(url)
     session = store._holder.session
+    outcomes: list[object] = []
     store.prefetch(READ)
     {
         "apply": lambda: store.apply(group(put(b"c", b"k", b"1")), NOW_MS),
-        "read": lambda: store.read(GetRow(b"c", b"other"), NOW_MS),
+        "apply another read": lambda: outcomes.extend(store.apply(group(GetRow(b"c", b"other")), NOW_MS)),
+        "read": lambda: outcomes.append(store.read(GetRow(b"c", b"other"), NOW_MS)),
         "reap": lambda: store.reap(NOW_MS, 1),
         "settle": store.settle,
         "close": store.close,
         "prefetch": lambda: store.prefetch(GetRow(b"c", b"other")),
     }[does]()
+    assert outcomes == [None] * does.endswith("read")  # the other row's, which isn't there
     if does != "close":
         assert store.apply(group(GetRow(b"c", b"k")), NOW_MS) == [b"1" if does == "apply" else b"0"]
         assert store._holder.session is session

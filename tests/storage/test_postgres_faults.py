@@ -94,19 +94,35 @@ def test_reads_are_asked_again(proxy: Proxy, job: Job, when: When, statement: st
     assert job.version().result(WAIT) == (2 if statement == ".fence" else 1)
 
 
-def test_a_statement_that_arrives_late_does_nothing(proxy: Proxy, job: Job) -> None:
-    """A put that the server sees only after it was done over another connection changes nothing any more."""
-    cut = proxy.cut(".put_one", "late")
-    job.put("c", ("k",), b"1")
-    job.flush().result(WAIT)
-    job.put("c", ("k",), b"2")
-    job.flush().result(WAIT)
+@pytest.mark.parametrize(("statement", "size"), [("put_one", 1), ("put", 3), ("put_mixed", 2)])
+def test_a_statement_that_arrives_late_does_nothing(proxy: Proxy, job: Job, statement: str, size: int) -> None:
+    """Puts that the server sees only after they were done over another connection change nothing any more."""
+    rows = [(f"c{at}" if statement == "put_mixed" else "c", ("k", at)) for at in range(size)]
+    cut = proxy.cut(f".{statement}", "late")
+    for number in range(1, 3):
+        assert job.commit([Put(category, key, b"%d" % number) for category, key in rows]).result(WAIT) == number * size
+    assert cut.done.is_set()
     cut.release.set()
     assert cut.delivered.wait(WAIT)
-    entry = job.entry("c", ("k",)).result(WAIT)
+    entries = [job.entry(category, key).result(WAIT) for category, key in rows]
+    assert [entry and (entry.payload, entry.version) for entry in entries] == [
+        (b"2", size + at + 1) for at in range(size)
+    ]
+    assert job.version().result(WAIT) == 2 * size
+
+
+def test_a_transaction_that_arrives_late_does_nothing(proxy: Proxy, job: Job) -> None:
+    """A run that the server sees only after it was done over another connection isn't done a second time."""
+    cut = proxy.cut(".fence", "late")
+    assert [job.run(add_one).result(WAIT) for _ in range(2)] == [1, 2]
+    assert cut.done.is_set()
+    cut.release.set()
+    assert cut.delivered.wait(WAIT)
+    entry = job.entry("c", ("n",)).result(WAIT)
     assert entry is not None
     assert (entry.payload, entry.version) == (b"2", 2)
-    assert job.version().result(WAIT) == 2
+    assert job.run(add_one).result(WAIT) == 3
+    assert job.version().result(WAIT) == 3
 
 
 def test_a_statement_that_arrives_before_its_sender_comes_back_counts(proxy: Proxy, job: Job) -> None:

@@ -13,11 +13,13 @@ import pytest
 
 from persistency import Persistency, Put
 from persistency.errors import Forked, JobLocked, LeaseLost, Poisoned, SchemaTooNew
-from persistency.storage.port import SetRow, StoreOptions
+from persistency.storage.port import Group, SetRow, StoreOptions, SwapRow
 from persistency.storage.postgres import standing
 from persistency.storage.postgres.address import parsed
 from persistency.storage.postgres.ownership import Leases
 from persistency.storage.postgres.root import PostgresRoot
+from persistency.storage.postgres.session import Session, Statement
+from persistency.testing import group, put
 from tests.postgres import fresh_url, sql, until, with_parameters
 from tests.storage.conftest import run_child
 
@@ -230,6 +232,97 @@ def test_a_job_that_was_dropped_and_made_again_is_another(url: str) -> None:
     store.close(tidy=False)
     again.apply([b"c", b"k", b"2"], NOW_MS)
     again.close()
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("shape", ["put", "puts", "puts of several categories", "transaction"])
+def test_a_paused_owner_is_fenced_before_the_next_one_writes(url: str, shape: str) -> None:
+    """It is the generation that tells: the version is still the one the owner of before has left."""
+    shapes: dict[str, Group] = {
+        "put": group(put(b"c", b"k", b"1")),
+        "puts": group(*[put(b"c", b"%d" % at, b"1") for at in range(3)]),
+        "puts of several categories": group(*[put(b"%d" % at, b"k", b"1") for at in range(3)]),
+        "transaction": group(SwapRow(b"c", b"k", None, b"1", None)),
+    }
+    early, late = PostgresRoot(parsed(url)), PostgresRoot(parsed(another(url)))
+    store = early.open("j", PLAIN)
+    lapse(url)
+    taken = late.open("j", PLAIN)
+    assert taken.last_version == store.last_version
+    with pytest.raises(LeaseLost):
+        store.apply(shapes[shape], NOW_MS)
+    assert sql(url, f"SELECT count(*) FROM {parsed(url).schema}.rows") == [(0,)]
+    store.close(tidy=False)
+    assert taken.apply(group(put(b"c", b"k", b"2")), NOW_MS) == [None]
+    assert taken.last_version == 1
+    taken.close()
+
+
+@pytest.mark.usefixtures("silent")
+def test_who_was_taken_over_gives_back_nothing(url: str) -> None:
+    """An owner that closes a job which another has by then, without having noticed, leaves it to that one."""
+    early, late = PostgresRoot(parsed(url)), PostgresRoot(parsed(another(url)))
+    store = early.open("j", PLAIN)
+    lapse(url)
+    taken = late.open("j", PLAIN)
+    store.close()
+    assert sql(url, f"SELECT owner FROM {parsed(url).schema}.jobs") == [(late._leases.owner,)]
+    with pytest.raises(JobLocked):
+        early.open("j", PLAIN)
+    taken.close()
+
+
+def test_who_was_taken_over_renews_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease of whoever has the job now is left as it is, and who had it before knows that it is lost."""
+    renew = Leases._renew_in_spite
+    monkeypatch.setattr(Leases, "_renew_in_spite", lambda _self: None)
+    early, late = PostgresRoot(parsed(url)), PostgresRoot(parsed(another(url)))
+    store = early.open("j", PLAIN)
+    lapse(url)
+    taken = late.open("j", PLAIN)
+    ends = f"SELECT lease_ends FROM {parsed(url).schema}.jobs"
+    before = sql(url, ends)
+    store._lease.until = 0.0  # so that its renewal is due
+    renew(early._leases)
+    assert sql(url, ends) == before
+    assert store._lease.lost
+    store.close()
+    taken.close()
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_lease_counts_from_before_it_was_asked_for(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long an answer takes: an owner never holds its lease for longer than the server does."""
+    sent: dict[str, float] = {}
+    pipe, send = Session.pipe, Session.send
+
+    def note(*statements: Statement) -> None:
+        sent.update((statement.name.decode().rpartition(".")[2], monotonic()) for statement in statements)
+
+    def noting_pipe(self: Session, steps: Any) -> Any:
+        note(*(step[0] for step in steps))
+        return pipe(self, steps)
+
+    def noting_send(self: Session, statement: Statement, params: Any) -> Any:
+        note(statement)
+        return send(self, statement, params)
+
+    monkeypatch.setattr(Session, "pipe", noting_pipe)
+    monkeypatch.setattr(Session, "send", noting_send)
+    root = PostgresRoot(parsed(url))
+    store = root.open("j", PLAIN)
+    lease, until_before = store._lease, 0.0
+    acts: dict[str, Callable[[], object]] = {
+        "take": lambda: None,
+        "put_one": lambda: store.apply(group(put(b"c", b"k", b"1")), NOW_MS),
+        "fence": lambda: store.apply(group(SwapRow(b"c", b"k", b"1", b"2", None)), NOW_MS),
+        "renew": lambda: root._leases._renew([lease]),
+    }
+    for name, act in acts.items():
+        act()
+        assert until_before < lease.until <= sent[name] + root._leases.seconds, name
+        until_before = lease.until
+    store.close()
 
 
 @pytest.mark.usefixtures("silent")

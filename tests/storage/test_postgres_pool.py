@@ -133,6 +133,22 @@ def test_what_isnt_sound_is_never_lent_again(made: list[FakeSession], flaw: str)
     assert pool.borrow(one) is made[2]  # type: ignore[comparison-overlap]  # a stand-in
 
 
+def test_what_is_kept_busy_is_lent_to_nobody(made: list[FakeSession]) -> None:
+    """A session over which something was sent ahead is its holder's for that answer alone; a turn gets a sound one."""
+    pool, one, other = pool_of(1, made), Holder(), Holder()
+    for taker in (one, other):
+        session = pool.borrow(one)
+        session.broken = True
+        pool.park(one, busy=True)
+        assert pool.at_hand(one) is None
+        assert not made[-1].closed
+        assert not pool.borrow(taker).broken
+        assert made[-2].closed
+        pool.park(taker)
+        pool.leave(taker)
+    assert len(made) == 3
+
+
 def test_what_was_cut_off_meanwhile_is_replaced(made: list[FakeSession]) -> None:
     """A session that the server has ended while nobody used it is found out before anything is sent, free or kept."""
     pool, one, other = pool_of(1, made), Holder(), Holder()
