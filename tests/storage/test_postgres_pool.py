@@ -107,6 +107,82 @@ def test_who_waits_gets_the_next_in_order(made: list[FakeSession]) -> None:
     assert len(made) == 1
 
 
+class Waiter(threading.Thread):
+    """A thread that borrows a session; `got` is what it was lent, or the error. Starting it returns once it waits."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(daemon=True)
+        self.got: object = None
+        self._pool = pool
+        waiting = len(pool._waiting)
+        self.start()
+        until(lambda: len(pool._waiting) == waiting + 1, "it waits")
+
+    def run(self) -> None:
+        try:
+            self.got = self._pool.borrow(Holder())
+        except Lost as error:
+            self.got = error
+
+
+@pytest.mark.parametrize("ends", ["park", "leave", "give up", "park what broke", "leave what broke"])
+def test_whatever_makes_room_is_told_to_who_waits(made: list[FakeSession], ends: str) -> None:
+    """A session that is given back, or given up, is the next one's, or makes room for another, at once."""
+    pool, one = pool_of(1, made), Holder()
+    pool.borrow(one)
+    waiter = Waiter(pool)
+    made[0].broken, made[0].idle = ends.endswith("broke"), not ends.endswith("broke")
+    {"park": pool.park, "leave": pool.leave, "give": pool.give_up}[ends.split()[0]](one)
+    waiter.join(WAIT)
+    assert waiter.got is made[-1]
+    assert len(made) == (1 if ends in ("park", "leave") else 2)
+
+
+def test_two_sessions_given_back_at_once_serve_two(made: list[FakeSession]) -> None:
+    """Whoever is served tells the next in line, for whom there is one too."""
+    pool, holders = pool_of(2, made), [Holder(), Holder()]
+    for holder in holders:
+        pool.borrow(holder)
+    waiters = [Waiter(pool), Waiter(pool)]
+    with pool._lock:  # so that the first in line is told twice before it runs
+        for holder in holders:
+            pool.park(holder)
+    for waiter in waiters:
+        waiter.join(WAIT)
+    assert [session for session in made if session in [waiter.got for waiter in waiters]] == made
+    assert len(made) == 2
+
+
+def test_room_that_a_failed_connection_leaves_is_told(made: list[FakeSession]) -> None:
+    """While one connects, which takes all the room there is, another waits: if that fails it is its turn."""
+    begun, fail = threading.Event(), threading.Event()
+
+    def connect() -> Any:
+        if not begun.is_set():
+            begun.set()
+            assert fail.wait(WAIT)
+            raise Lost("no")
+        made.append(FakeSession())
+        return made[-1]
+
+    pool, failed = Pool(connect, 1), []
+
+    def borrow() -> None:
+        with pytest.raises(Lost, match="no"):
+            pool.borrow(Holder())
+        failed.append(True)
+
+    first = threading.Thread(target=borrow)
+    first.start()
+    assert begun.wait(WAIT)
+    second = Waiter(pool)
+    fail.set()
+    first.join(WAIT)
+    second.join(WAIT)
+    assert failed == [True]
+    assert [second.got] == made
+
+
 def test_nobody_waits_for_ever(made: list[FakeSession], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where none is given back, waiting ends with an error that says why; the pool is none the worse."""
     monkeypatch.setattr(pool_module, "WAIT_SECONDS_MAX", 0.05)
