@@ -63,6 +63,7 @@ def test_other_engines_arent_there() -> None:
     [
         f"postgresql://u:{SECRET}@127.0.0.1:1/db?connect_timeout=2",
         f"postgresql://u@127.0.0.1:1/db?connect_timeout=2&password={SECRET}",
+        f"postgresql://u@127.0.0.1:1/db?connect_timeout=2&p%61ssword={SECRET}",
     ],
 )
 def test_a_password_is_shown_nowhere(url: str) -> None:

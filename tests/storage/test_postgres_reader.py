@@ -7,16 +7,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from persistency import ChangeFeed, Persistency
 from persistency.errors import Closed, FeedTruncated, JobNotFound, Misuse, Unavailable
+from persistency.storage.port import GetRow, LastVersion, ListChanges, ScanRange, StoreOptions
 from persistency.storage.postgres import bell as bell_module
+from persistency.storage.postgres.address import parsed
 from persistency.storage.postgres.bell import Bell
+from persistency.storage.postgres.reading import PostgresReader
+from persistency.storage.postgres.reads import Reads
+from persistency.storage.postgres.root import PostgresRoot
+from persistency.testing import group, put
 from tests.postgres import fresh_url, until, with_parameters
 
 WAIT = 60
+NOW_MS = 1_000_000
 HOUSE = Path(__file__).parent.parent.parent
 OWNER = """
 import sys
@@ -107,6 +115,32 @@ def test_a_reader_sees_what_was_committed(url: str, owner: Owner) -> None:
         assert list(reader.iterate("c", keys_only=True))
         assert reader.path is None
         reader.close()
+
+
+def test_a_group_is_answered_from_one_snapshot(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is committed between its messages is in none of their answers, and in all of the next group's."""
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions(feed_changes_max=5))
+    store.apply(group(put(b"c", b"k", b"1")), NOW_MS)
+    reader = PostgresRoot(parsed(with_parameters(url, application_name="other"))).look_into("j", NOW_MS)
+    answer, commits = PostgresReader._answer, iter([b"2", b"3"])
+
+    def beside(self: PostgresReader, reads: Reads, message: Any) -> Any:
+        found = answer(self, reads, message)
+        for payload in commits:
+            store.apply(group(put(b"c", b"k", payload), put(b"c", payload, payload)), NOW_MS)
+        return found
+
+    monkeypatch.setattr(PostgresReader, "_answer", beside)
+    messages = group(
+        GetRow(b"c", b"k"), GetRow(b"c", b"k"), ScanRange(b"c", b"", None), LastVersion(), ListChanges(0, 9)
+    )
+    for payload, version in ((b"1", 1), (b"3", 5)):
+        outcomes = reader.apply(messages, NOW_MS)
+        assert outcomes[:2] == [payload, payload]
+        assert outcomes[2][-1] == (b"k", payload)
+        assert outcomes[3] == version == len(outcomes[4])
+    reader.close()
+    store.close()
 
 
 def test_there_is_no_reader_of_nothing(url: str) -> None:

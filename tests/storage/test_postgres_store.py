@@ -125,6 +125,23 @@ def test_what_is_stored(url: str) -> None:
         assert persistency.stored_jobs()[0].bytes == 6
 
 
+def test_changes_that_are_no_longer_kept_are_gone(url: str) -> None:
+    """Neither the table nor the memory has more of them than a job keeps, opened anew or not, and none once dropped."""
+    root, schema = PostgresRoot(parsed(url)), parsed(url).schema
+    versions = f"SELECT version FROM {schema}.changes ORDER BY version"
+    for opening in range(2):
+        store = root.open("j", StoreOptions(feed_changes_max=3))
+        for at in range(1, 6):
+            store.apply(group(*[put(b"c", b"k", b"") for _ in range(at)]), NOW_MS)
+            last = store.last_version
+            assert sql(url, versions) == [(version,) for version in range(max(1, last - 2), last + 1)]
+            assert list(store._standing.books.kept) == [version for (version,) in sql(url, versions)]
+        assert last == 15 * (opening + 1)
+        store.close()
+    root.drop("j")
+    assert [sql(url, f"SELECT count(*) FROM {schema}.{table}") for table in ("changes", "rows", "jobs")] == [[(0,)]] * 3
+
+
 def test_a_temporary_job_begins_anew_when_it_has_ended(url: str) -> None:
     """Opened after its end it is empty, whatever was there; who had it before is fenced."""
     now = [1_700_000_000.0]
@@ -138,6 +155,22 @@ def test_a_temporary_job_begins_anew_when_it_has_ended(url: str) -> None:
             assert job.changes(0, 5).result(WAIT) == []
         with pytest.raises(Misuse, match="there for good"):
             persistency.open_job("a", ttl=5) if _written(persistency) else None
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_nothing_stays_of_a_temporary_job_that_has_ended(url: str, kept: int) -> None:
+    """Whoever has its name then, with changes or without, finds no row and no change of it in the tables."""
+    root, schema = PostgresRoot(parsed(url)), parsed(url).schema
+    store = root.open("j", StoreOptions(feed_changes_max=5, expires_ms=NOW_MS + 10, now_ms=NOW_MS))
+    store.apply(group(put(b"c", b"k", b"")), NOW_MS)
+    store.close()
+    store = root.open("j", StoreOptions(feed_changes_max=kept, now_ms=NOW_MS + 10))
+    assert store.last_version == 0
+    assert [sql(url, f"SELECT count(*) FROM {schema}.{table}") for table in ("changes", "rows")] == [[(0,)]] * 2
+    store.apply(group(SetRow(b"c", b"k", b"", NOW_MS + 20)), NOW_MS + 10)
+    assert store.reap(NOW_MS + 20, 1) == 1
+    assert store.last_version == (2 if kept else 1)  # without changes it takes none
+    store.close()
 
 
 def _written(persistency: Persistency) -> bool:
