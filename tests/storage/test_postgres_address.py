@@ -77,6 +77,15 @@ def test_a_password_is_shown_nowhere(url: str) -> None:
         assert pickle.loads(pickle.dumps(raised.value)).hint
 
 
+@pytest.mark.parametrize("url", ["postgresql://u:hunter2%zz@h/db", "postgresql://u@h/db?password=hunter2%zz"])
+def test_a_password_that_cant_be_read_is_not_repeated(url: str) -> None:
+    """What libpq has to say about it names it; what is raised says the same without it."""
+    with pytest.raises(Misuse, match=r"percent-encoded.*\*\*\*") as misuse:
+        parsed(url)
+    assert "hunter" not in str(misuse.value)
+    assert misuse.value.__cause__ is None
+
+
 def test_two_objects_on_one_url_share_their_jobs() -> None:
     """As with directories: the same URL is the same root, in this process."""
     url = "postgresql://u@127.0.0.1:1/db"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persistency.storage.postgres.cover import Cover
@@ -19,6 +19,8 @@ def inside(span: tuple[bytes, bytes | None]) -> set[bytes]:
     return {key for key in KEYS if span[0] <= key and (span[1] is None or key < span[1])}
 
 
+@example(some=[(KEYS[0], KEYS[2]), (KEYS[2], KEYS[4])], asked=(KEYS[1], KEYS[3]))
+@example(some=[(KEYS[2], KEYS[4]), (KEYS[0], KEYS[2])], asked=(KEYS[1], KEYS[3]))
 @given(some=st.lists(ranges, max_size=8), asked=ranges)
 def test_a_cover_is_what_its_ranges_have(
     some: list[tuple[bytes, bytes | None]], asked: tuple[bytes, bytes | None]

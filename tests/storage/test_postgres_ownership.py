@@ -326,6 +326,22 @@ def test_a_lease_counts_from_before_it_was_asked_for(url: str, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("silent")
+def test_a_lease_is_renewed_with_time_to_spare(url: str) -> None:
+    """It is due when a third of its time is over, long before it runs out; and not once somebody else has the job."""
+    root = PostgresRoot(parsed(with_parameters(url, persistency_lease=3600)))
+    store = root.open("j", PLAIN)
+    leases, lease = root._leases, store._lease
+    assert leases._due() == []
+    lease.until = monotonic() + 2 * leases.seconds / 3
+    assert leases._due() == [lease]
+    lease.lost = True
+    assert leases._due() == []
+    lease.lost = False
+    store.close()
+    assert leases._due() == []
+
+
+@pytest.mark.usefixtures("silent")
 def test_a_paused_function_holds_no_lock(url: str) -> None:
     """A job is taken over, and written to, while a function of its owner waits; of what that does nothing is there."""
     with Persistency(url) as first, Persistency(another(url)) as second:
