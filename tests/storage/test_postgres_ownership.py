@@ -342,6 +342,23 @@ def test_a_lease_is_renewed_with_time_to_spare(url: str) -> None:
 
 
 @pytest.mark.usefixtures("silent")
+def test_every_commit_renews_the_lease(url: str) -> None:
+    """Whatever statement a group becomes: behind it the lease is as long as it ever is, by the server's clock."""
+    store = PostgresRoot(parsed(with_parameters(url, persistency_lease=3600))).open("j", PLAIN)
+    left = f"SELECT lease_ends > statement_timestamp() + interval '30 minutes' FROM {parsed(url).schema}.jobs"
+    for messages in (
+        group(put(b"c", b"k", b"1")),
+        group(*[put(b"c", b"%d" % at, b"1") for at in range(3)]),
+        group(*[put(b"%d" % at, b"k", b"1") for at in range(3)]),
+        group(SwapRow(b"c", b"k", b"1", b"2", None)),
+    ):
+        lapse(url)
+        store.apply(messages, NOW_MS)
+        assert sql(url, left) == [(True,)]
+    store.close()
+
+
+@pytest.mark.usefixtures("silent")
 def test_a_paused_function_holds_no_lock(url: str) -> None:
     """A job is taken over, and written to, while a function of its owner waits; of what that does nothing is there."""
     with Persistency(url) as first, Persistency(another(url)) as second:

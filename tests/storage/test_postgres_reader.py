@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from persistency.storage.postgres.reading import PostgresReader
 from persistency.storage.postgres.reads import Reads
 from persistency.storage.postgres.root import PostgresRoot
 from persistency.testing import group, put
-from tests.postgres import fresh_url, until, with_parameters
+from tests.postgres import fresh_url, sql, until, with_parameters
 
 WAIT = 60
 NOW_MS = 1_000_000
@@ -171,6 +172,19 @@ def test_a_reader_of_a_dropped_job_says_so(url: str) -> None:
             assert reader.version().result(WAIT) == 0
 
 
+def test_a_reader_of_a_job_that_went_back_says_so(url: str) -> None:
+    """Of a server that has lost commits which it has read a reader reads no more."""
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions())
+    store.apply(group(put(b"c", b"k", b"1")), NOW_MS)
+    reader = PostgresRoot(parsed(url)).look_into("j", NOW_MS)
+    assert reader.get(b"c", b"k", NOW_MS) == b"1"
+    sql(url, f"UPDATE {parsed(url).schema}.jobs SET last_version = 0")
+    (failed,) = reader.apply(group(GetRow(b"c", b"k")), NOW_MS)
+    assert "has lost its last commits" in str(failed.error)
+    reader.close()
+    store.close()
+
+
 def test_a_reader_of_a_job_without_changes(url: str) -> None:
     """Of a job that keeps no changes a reader has none, and says what is missing."""
     with Persistency(url) as persistency, persistency.open_job("j") as job:
@@ -241,6 +255,27 @@ def test_a_feed_that_waits_learns_of_the_end(url: str, monkeypatch: pytest.Monke
         with pytest.raises(Unavailable, match="dropped"):
             reply.result(WAIT)
         reader.close()
+
+
+@pytest.mark.usefixtures("told")
+def test_the_bell_rings_for_a_job_that_is_gone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as long as there is nothing new; once its job is dropped whoever follows is told to look, bell or none."""
+    monkeypatch.setattr(bell_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(bell_module, "POLL_SECONDS", 0.05)
+    root = PostgresRoot(parsed(url))
+    root.open("j", StoreOptions(feed_changes_max=5)).close()
+    reader, rung = root.look_into("j", NOW_MS), threading.Event()
+    asked, ask = threading.Semaphore(0), Bell._ask
+    monkeypatch.setattr(Bell, "_ask", lambda self, session: (ask(self, session), asked.release()))
+    reader.follow(rung.set)
+    for _ in range(3):
+        assert asked.acquire(timeout=WAIT)
+    assert not rung.is_set()
+    root.drop("j")
+    for _ in range(2):  # one may have been under way
+        assert asked.acquire(timeout=WAIT)
+    assert rung.is_set()
+    reader.close()
 
 
 def test_a_feed_that_falls_behind_is_told(url: str, owner: Owner) -> None:

@@ -204,6 +204,21 @@ def test_a_session_made_anew_is_not_read_from_unseen(url: str) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("kept", [0, 5])
+def test_what_was_refused_is_in_no_doubt(url: str, kept: int) -> None:
+    """A group that the server has refused didn't happen: it isn't waited for, nor kept."""
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions(feed_changes_max=kept))
+    assert isinstance(store, PostgresStore)
+    sql(url, f"ALTER TABLE {parsed(url).schema}.rows ADD CONSTRAINT short CHECK (octet_length(payload) < 5)")
+    with pytest.raises(StorageError, match="short") as refused:
+        store.apply(group(put(b"c", b"k", b"12345")), NOW_MS)
+    assert not refused.value.at_commit
+    assert not store._standing.doubtful
+    assert store.apply(group(put(b"c", b"k", b"1")), NOW_MS) == [None]
+    assert store.last_version == 1
+    store.close()
+
+
 def test_a_job_rests_and_wakes(url: str) -> None:
     """With one live job at a time others rest, given back; each post wakes its own, with all that was there."""
     with Persistency(url, max_live_jobs=1) as persistency:
