@@ -6,7 +6,9 @@ says no more than that it is worth looking.
 
 Rules:
   1. A ring that is missed is made up for: whenever listening begins, and now and then, the versions are asked for.
-  2. One connection and one thread for all who follow; both are gone soon after the last has left.
+  2. Anybody with an account can ring: nothing that a ring says is believed but for whom it is.
+  3. One connection and one thread for all who follow; both are gone soon after the last has left. Whatever goes wrong
+     is told, and tried again.
 
 Doesn't know: what a change is, readers, threads that wait.
 """
@@ -15,13 +17,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
+from typing import NamedTuple
 
 from persistency.logfields import about
 from persistency.storage.postgres import packing
 from persistency.storage.postgres.address import Address
-from persistency.storage.postgres.faults import Lost, Refused
+from persistency.storage.postgres.faults import Refused
 from persistency.storage.postgres.reads import value, whole
 from persistency.storage.postgres.schema import Statements
 from persistency.storage.postgres.session import Session, Statement
@@ -31,11 +34,19 @@ log: logging.Logger = logging.getLogger("persistency.storage")
 POLL_SECONDS = 0.5  # between two questions where there is no bell, and two looks whether anybody still follows
 LOOK_SECONDS = 10.0  # between two questions where there is one
 
-Tell = Callable[[int | None], None]
+
+class State(NamedTuple):
+    """How a job stands in its table: under which generation, with which last version."""
+
+    generation: int
+    version: int
+
+
+Tell = Callable[[State | None], None]
 
 
 class Bell:
-    """The bell of one root. What is told is a job's last version, as soon as it is known, or that it is gone."""
+    """The bell of one root. What is told is how a job stands, or `None`: that has to be looked at."""
 
     def __init__(self, address: Address, statements: Statements) -> None:
         self._address = address
@@ -51,12 +62,18 @@ class Bell:
         token = object()
         with self._lock:
             self._followers[token] = job, tell
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="persistency:bell", daemon=True)
+            thread = self._thread
+            if thread is None or not thread.is_alive():
+                thread = self._thread = threading.Thread(target=self._run, name="persistency:bell", daemon=True)
                 try:
-                    self._thread.start()
+                    thread.start()
                 except RuntimeError:  # the interpreter ends
                     self._thread = None
+                except BaseException:  # a Ctrl-C: whoever follows next starts another one
+                    self._followers.pop(token, None)
+                    if self._thread is thread and not thread.is_alive():
+                        self._thread = None
+                    raise
         return token
 
     def leave(self, token: object) -> None:
@@ -65,36 +82,41 @@ class Bell:
             self._followers.pop(token, None)
 
     def _run(self) -> None:
+        session: Session | None = None
         hears, ask_at = False, 0.0
-        while True:
-            with self._lock:
-                if not self._followers:
-                    self._thread = None
-                    break
+        while self._goes_on():
             try:
-                session = self._session
                 if session is None:
                     session = self._session = Session(self._address)
                     hears, ask_at = self._listen(session), 0.0
                 if not hears or monotonic() >= ask_at:
                     self._ask(session)
                     ask_at = monotonic() + LOOK_SECONDS
-                for told in session.told(POLL_SECONDS):
-                    version, _, job = told.partition(" ")
-                    self._ring({job: int(version)})
+                self._rung(session.told(POLL_SECONDS))
                 self._told = ""
-            except (Lost, Refused) as error:
+            except Exception as error:
                 if str(error) != self._told:
                     self._told = str(error)
                     fields = about("bell_not_heard", None, error)
                     log.warning("followers can't be told of commits, it is tried again: %s", error, extra=fields)
-                self._disconnect()
+                self._disconnect(session)
+                session = None
                 threading.Event().wait(POLL_SECONDS)
-        self._disconnect()
+        self._disconnect(session)
 
-    def _disconnect(self) -> None:
-        session, self._session = self._session, None
+    def _goes_on(self) -> bool:
+        """Say whether the calling thread is the bell's, and somebody follows; if nobody does it is no longer."""
+        with self._lock:
+            if self._thread is not threading.current_thread():  # it was held to be dead before it began
+                return False
+            if not self._followers:
+                self._thread = None
+            return bool(self._followers)
+
+    def _disconnect(self, session: Session | None) -> None:
         if session is not None:
+            if self._session is session:
+                self._session = None
             session.close()
 
     def forsake(self) -> None:
@@ -106,7 +128,7 @@ class Bell:
     def _listen(self, session: Session) -> bool:
         """Listen, and return whether the server can be listened to."""
         try:
-            session.run(Statement(b"", f"LISTEN {self._statements.channel}".encode()), ())
+            session.run(Statement(b"", f'LISTEN "{self._statements.channel}"'.encode()), ())
         except Refused as refused:
             log.info(
                 "commits are asked for, the server has no bell: %s", refused, extra=about("no_bell", None, refused)
@@ -119,12 +141,19 @@ class Bell:
             jobs = sorted({job for job, _ in self._followers.values()})
         if jobs:
             result = session.run(self._statements["versions"], (packing.texts(jobs),))
-            found = {value(result, at, 0).decode(): whole(result, at, 1) for at in range(result.ntuples)}
-            self._ring({job: found.get(job) for job in jobs})
+            found = {
+                value(result, at, 0).decode(): State(whole(result, at, 1), whole(result, at, 2))
+                for at in range(result.ntuples)
+            }
+            self._tell({job: found.get(job) for job in jobs})
 
-    def _ring(self, versions: Mapping[str, int | None]) -> None:
+    def _rung(self, rings: Iterable[str]) -> None:
+        """Tell those whose jobs are named behind a version; whatever else was said is of nobody's job."""
+        self._tell(dict.fromkeys(ring.partition(" ")[2] for ring in rings))
+
+    def _tell(self, states: Mapping[str, State | None]) -> None:
         with self._lock:
-            followers = list(self._followers.values())
+            followers = list(self._followers.values()) if states else []
         for job, tell in followers:
-            if job in versions:
-                tell(versions[job])
+            if job in states:
+                tell(states[job])

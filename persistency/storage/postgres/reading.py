@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from persistency.errors import Closed, FeedTruncated, Forked, JobNotFound, Misuse, PersistencyError, Unavailable
 from persistency.storage.port import PLACES, Failed, GetRow, Group, ListChanges, ScanRange, Status, StoreOptions
-from persistency.storage.postgres.bell import Bell
+from persistency.storage.postgres.bell import Bell, State
 from persistency.storage.postgres.books import Books
 from persistency.storage.postgres.draft import Draft
 from persistency.storage.postgres.faults import SERIALIZATION, Lost, Refused, translated
@@ -32,6 +32,7 @@ T = TypeVar("T")
 TRIES_MAX = 5
 _BEGIN = Statement(b"begin_reading", b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 _NEVER_MS = 2**62
+_ANY_VERSION = 2**62  # above every version there can be
 
 
 class PostgresReader:
@@ -46,7 +47,9 @@ class PostgresReader:
         self._pool, self._statements, self._bell = place
         self._holder = Holder()
         self._status = Status(0, 0)
-        self._known = 0  # the last version that is known to be there
+        self._seen: State | None = None  # by the last call
+        self._told: State | None = None  # by the bell
+        self._rings = self._looked = 0  # how often it was rung, and of these how many before the last call began
         self._made: int | None = None  # under which generation the job began
         self._forked = False
         self._dropped: int | None = None  # the highest version whose change isn't kept; `None`: none are
@@ -92,15 +95,20 @@ class PostgresReader:
 
     @property
     def last_version(self) -> int:
-        """The last version that is known to be there."""
-        return self._known
+        """The last version that is known to be there; above all others while there may be something to be seen."""
+        return self._status.last_version if self._looked == self._rings else _ANY_VERSION
 
     def follow(self, ring: Callable[[], None]) -> None:
-        """Call `ring`, from any thread, whenever the job may have a version that wasn't seen; until it is closed."""
+        """Call `ring`, from any thread, whenever the job may be another than was seen; until it is closed.
 
-        def tell(version: int | None) -> None:
-            if version is None or version > self._known:
-                self._known = self._known + 1 if version is None else version
+        A version that has gone back, or another owner's, is as much worth a look as a higher one: what was seen may be
+        lost.
+        """
+
+        def tell(state: State | None) -> None:
+            if state is None or state not in (self._seen, self._told):
+                self._told = state
+                self._rings += 1
                 ring()
 
         self._following = self._bell.follow(self._job.decode(), tell)
@@ -144,13 +152,15 @@ class PostgresReader:
         raise AssertionError
 
     def _look(self, session: Session, ask: Callable[[Reads], T], now_ms: int) -> T:
+        rings = self._rings
         found = session.pipe([(_BEGIN, ()), (self._statements["reading"], (self._job,))])[1]
         if not found.ntuples:
             if self._made is None:
                 hint = "Check the id and the root: a reader makes nothing. open_job(job_id) does."
                 raise JobNotFound(f"there is no job {self._job_id!r} here", hint=hint)
             raise self._gone("it was dropped")
-        made, version, latest_ms = whole(found, 0, 0) >> GENERATION_BITS, whole(found, 0, 1), whole(found, 0, 2)
+        state, latest_ms = State(whole(found, 0, 0), whole(found, 0, 1)), whole(found, 0, 2)
+        made, version = state.generation >> GENERATION_BITS, state.version
         if self._made is not None and (made != self._made or version < self._status.last_version):
             raise self._gone("it was dropped and made anew, or has lost its last commits")
         ends_ms = number_or_none(found.get_value(0, 3))
@@ -160,7 +170,7 @@ class PostgresReader:
                 raise JobNotFound(f"there is no job {self._job_id!r} here: it has ended")
             raise Closed(f"job {self._job_id!r} has ended", hint="It was a temporary job; open_job makes a new one.")
         self._made, self._status = made, Status(version, 0, latest_ms)
-        self._known = max(self._known, version)
+        self._seen, self._looked = state, rings
         self._dropped = number_or_none(found.get_value(0, 4))
         answer = ask(Reads(session, self._statements, self._job, now_ms))
         session.run(COMMIT, ())

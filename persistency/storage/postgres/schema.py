@@ -16,11 +16,14 @@ Doesn't know: connections, messages.
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 from persistency.storage.port import ChangeKind
 from persistency.storage.postgres.session import Statement
 
 FORMAT = 1
 GENERATION_BITS = 20  # of a generation count how often a job was taken; the others are drawn when it is made
+LABEL_CHARS_MAX = 40
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS {s}.jobs (
@@ -81,7 +84,7 @@ _SQL: dict[str, str] = {
     ),
     "where": "SELECT generation, last_version, attempt FROM {s}.jobs WHERE job = $1::text",
     "reading": ("SELECT generation, last_version, latest_ms, ends_ms, feed_dropped FROM {s}.jobs WHERE job = $1::text"),
-    "versions": "SELECT job, last_version FROM {s}.jobs WHERE job = ANY($1::text[])",
+    "versions": "SELECT job, generation, last_version FROM {s}.jobs WHERE job = ANY($1::text[])",
     # What rings for those who follow, and is nothing where nobody does.
     "ring": "SELECT pg_notify('{c}', $1::text)",
     "drop_rows": "DELETE FROM {s}.rows WHERE job = $1::text",
@@ -228,15 +231,25 @@ for _stop in (False, True):
     _SQL["drop_all" + "_to" * _stop] = "DELETE" + _SPAN + " AND $4::bigint IS NOT NULL" + _upper
 
 
+def _label(schema: str) -> str:
+    """Return what names a schema within other names, which the server cuts off behind 63 bytes without a word: itself,
+    or for a long one its digest, marked as no schema's name can be.
+    """
+    return (
+        schema if len(schema) <= LABEL_CHARS_MAX else ":" + sha256(schema.encode()).hexdigest()[: LABEL_CHARS_MAX - 1]
+    )
+
+
 class Statements:
     """The statements of a schema, by name."""
 
     def __init__(self, schema: str) -> None:
         self.schema: str = schema
-        self.channel: str = f"persistency_{schema}"[:63]
+        label = _label(schema)
+        self.channel: str = f"persistency_{label}"
         self._of = {
             name: Statement(
-                f"{schema}.{name}".encode(), sql.replace("{s}", schema).replace("{c}", self.channel).encode()
+                f"{label}.{name}".encode(), sql.replace("{s}", schema).replace("{c}", self.channel).encode()
             )
             for name, sql in _SQL.items()
         }

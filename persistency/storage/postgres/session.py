@@ -78,7 +78,6 @@ class Session:
         self._syncs: bool | None = None  # what a commit waits for; the server's default may be anything
         self._address = address
         self._known: set[bytes] = set()
-        self._heard: list[str] = []
         self._pid = os.getpid()
         self._connection = connected(address)
         self.born: float = monotonic()
@@ -223,18 +222,20 @@ class Session:
         """Return what others have said on a channel that is listened to, as soon as it is something, or nothing."""
         connection = self._connection
         try:
-            if not self._heard and self._poll.poll(1000 * seconds):
+            heard = self._heard()  # with the answer to something else
+            if not heard and self._poll.poll(1000 * seconds):
                 connection.consume_input()
-            while (said_ := connection.notifies()) is not None:
-                self._heard.append(said_.extra.decode(errors="replace"))
+                heard = self._heard()
         except Error as error:
             self.broken = True
             raise Lost(str(error).strip()) from error
         if connection.status != pq.ConnStatus.OK:
             self.broken = True
             raise Lost(said(connection))
-        heard, self._heard = self._heard, []
         return heard
+
+    def _heard(self) -> list[str]:
+        return [notice.extra.decode(errors="replace") for notice in iter(self._connection.notifies, None)]
 
     def is_cut_off(self) -> bool:
         """Say whether the other side has ended the connection while nobody used it; one just used isn't looked at."""
