@@ -79,9 +79,7 @@ def test_who_rings_in_vain_silences_nobody(url: str, job: Job, reader: Reader, r
     """Anybody may ring, with anything: followers go on, with the same thread, and see every commit."""
     feed = ChangeFeed(reader, after=1)
     thread = bell_of(reader)._thread
-    until(lambda: bell_of(reader)._session is not None, "the bell listens")
-    ring(url, text)
-    until(lambda: text in rung, "it was heard")
+    until(lambda: ring(url, text) or text in rung, "it was heard")  # type: ignore[func-returns-value]
     for number in range(2, 5):
         reply = reader.changes(number - 1, 10, wait=True)
         assert reader.version().result(WAIT) == number - 1  # by now the other one waits

@@ -19,13 +19,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import NamedTuple
 
 from persistency.logfields import about
 from persistency.storage.postgres import packing
 from persistency.storage.postgres.address import Address
 from persistency.storage.postgres.faults import Refused
-from persistency.storage.postgres.reads import value, whole
+from persistency.storage.postgres.reads import State, state_of, value
 from persistency.storage.postgres.schema import Statements
 from persistency.storage.postgres.session import Session, Statement
 
@@ -33,14 +32,6 @@ log: logging.Logger = logging.getLogger("persistency.storage")
 
 POLL_SECONDS = 0.5  # between two questions where there is no bell, and two looks whether anybody still follows
 LOOK_SECONDS = 10.0  # between two questions where there is one
-
-
-class State(NamedTuple):
-    """How a job stands in its table: under which generation, with which last version."""
-
-    generation: int
-    version: int
-
 
 Tell = Callable[[State | None], None]
 
@@ -141,10 +132,7 @@ class Bell:
             jobs = sorted({job for job, _ in self._followers.values()})
         if jobs:
             result = session.run(self._statements["versions"], (packing.texts(jobs),))
-            found = {
-                value(result, at, 0).decode(): State(whole(result, at, 1), whole(result, at, 2))
-                for at in range(result.ntuples)
-            }
+            found = {value(result, at, 3).decode(): state_of(result, at) for at in range(result.ntuples)}
             self._tell({job: found.get(job) for job in jobs})
 
     def _rung(self, rings: Iterable[str]) -> None:

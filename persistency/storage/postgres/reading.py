@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 from persistency.errors import Closed, FeedTruncated, Forked, JobNotFound, Misuse, PersistencyError, Unavailable
 from persistency.storage.port import PLACES, Failed, GetRow, Group, ListChanges, ScanRange, Status, StoreOptions
-from persistency.storage.postgres.bell import Bell, State
+from persistency.storage.postgres.bell import Bell
 from persistency.storage.postgres.books import Books
 from persistency.storage.postgres.draft import Draft
 from persistency.storage.postgres.faults import SERIALIZATION, Lost, Refused, translated
 from persistency.storage.postgres.overlay import Overlay
-from persistency.storage.postgres.packing import number_or_none
+from persistency.storage.postgres.packing import int8, number_or_none
 from persistency.storage.postgres.pool import Holder, Pool
-from persistency.storage.postgres.reads import Reads, whole
+from persistency.storage.postgres.reads import Reads, State, state_of, whole
 from persistency.storage.postgres.schema import GENERATION_BITS, Statements
 from persistency.storage.postgres.session import COMMIT, Session, Statement
 
@@ -50,7 +50,7 @@ class PostgresReader:
         self._seen: State | None = None  # by the last call
         self._told: State | None = None  # by the bell
         self._rings = self._looked = 0  # how often it was rung, and of these how many before the last call began
-        self._made: int | None = None  # under which generation the job began
+        self._doubtful = False  # whether what was seen may be lost: changes would then have a gap
         self._forked = False
         self._dropped: int | None = None  # the highest version whose change isn't kept; `None`: none are
         self._following: object | None = None
@@ -155,26 +155,44 @@ class PostgresReader:
         rings = self._rings
         found = session.pipe([(_BEGIN, ()), (self._statements["reading"], (self._job,))])[1]
         if not found.ntuples:
-            if self._made is None:
+            if self._seen is None:
                 hint = "Check the id and the root: a reader makes nothing. open_job(job_id) does."
                 raise JobNotFound(f"there is no job {self._job_id!r} here", hint=hint)
             raise self._gone("it was dropped")
-        state, latest_ms = State(whole(found, 0, 0), whole(found, 0, 1)), whole(found, 0, 2)
-        made, version = state.generation >> GENERATION_BITS, state.version
-        if self._made is not None and (made != self._made or version < self._status.last_version):
+        state, latest_ms, ends_ms = state_of(found), whole(found, 0, 3), number_or_none(found.get_value(0, 4))
+        if self._seen is not None and self._is_lost(session, self._seen, state):
             raise self._gone("it was dropped and made anew, or has lost its last commits")
-        ends_ms = number_or_none(found.get_value(0, 3))
         now_ms = max(now_ms, latest_ms)
         if ends_ms is not None and now_ms >= ends_ms:
-            if self._made is None:
+            if self._seen is None:
                 raise JobNotFound(f"there is no job {self._job_id!r} here: it has ended")
             raise Closed(f"job {self._job_id!r} has ended", hint="It was a temporary job; open_job makes a new one.")
-        self._made, self._status = made, Status(version, 0, latest_ms)
+        self._status = Status(state.version, 0, latest_ms)
         self._seen, self._looked = state, rings
-        self._dropped = number_or_none(found.get_value(0, 4))
+        self._dropped = number_or_none(found.get_value(0, 5))
         answer = ask(Reads(session, self._statements, self._job, now_ms))
         session.run(COMMIT, ())
         return answer
+
+    def _is_lost(self, session: Session, seen: State, now: State) -> bool:
+        """Say whether what was seen is no longer what the job is made of, by how it stood then and stands now.
+
+        An owner whose commits were lost goes on no more. So that happens where it was taken anew: at a version below
+        what was seen, however far its owner has come since.
+        """
+        if now.generation >> GENERATION_BITS != seen.generation >> GENERATION_BITS or now.version < seen.version:
+            return True
+        if (now.generation, now.mark) == (seen.generation, seen.mark) or self._dropped is None:  # nobody followed
+            return False
+        found = session.run(self._statements["takes_since"], (self._job, int8(seen.generation)))
+        count, lowest, mark = whole(found, 0, 0), whole(found, 0, 1), number_or_none(found.get_value(0, 2))
+        if now.generation < seen.generation or (count and lowest < seen.version):
+            return True
+        if mark != seen.mark and None not in (mark, seen.mark):
+            return True
+        # Of takes of long ago there is no note.
+        self._doubtful |= count != now.generation - seen.generation or mark != seen.mark
+        return False
 
     def _gone(self, why: str) -> Unavailable:
         return Unavailable(
@@ -192,6 +210,8 @@ class PostgresReader:
         dropped = self._dropped
         if dropped is None:
             return Failed(Misuse(f"job {self._job_id!r} keeps no changes: have it opened with feed_changes_max=10_000"))
+        if self._doubtful:
+            return Failed(self._gone("it has changed hands too often to tell whether it has lost commits"))
         if message.after < dropped:
             oldest = reads.changes(dropped, 1)
             return Failed(FeedTruncated(oldest[0].version if oldest else dropped + 1))

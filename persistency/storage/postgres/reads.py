@@ -35,6 +35,14 @@ class Row(NamedTuple):
     touched: bool = False
 
 
+class State(NamedTuple):
+    """How a job stands: under which generation, with which last version, and the mark of its taking if it has one."""
+
+    generation: int
+    version: int
+    mark: int | None
+
+
 Span: TypeAlias = tuple[bytes, bytes, bytes | None]  # category, start, stop
 Pair: TypeAlias = tuple[bytes, bytes]
 Entry: TypeAlias = tuple[bytes, bytes, int, int | None]
@@ -51,6 +59,11 @@ def value(result: PGresult, row: int, column: int) -> bytes:
 def whole(result: PGresult, row: int = 0, column: int = 0) -> int:
     """Return a bigint that isn't NULL."""
     return number(value(result, row, column))
+
+
+def state_of(result: PGresult, at: int = 0) -> State:
+    """Return how a job stands, from a row that begins with that."""
+    return State(whole(result, at, 0), whole(result, at, 1), number_or_none(result.get_value(at, 2)))
 
 
 def row_of(result: PGresult, at: int) -> tuple[Place, Row]:

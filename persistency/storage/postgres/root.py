@@ -35,7 +35,7 @@ from persistency.storage.postgres.packing import int8, number_or_none
 from persistency.storage.postgres.pool import Holder, Pool
 from persistency.storage.postgres.reading import PostgresReader
 from persistency.storage.postgres.reads import Reads, value, whole
-from persistency.storage.postgres.schema import FORMAT, GENERATION_BITS, Statements
+from persistency.storage.postgres.schema import FORMAT, GENERATION_BITS, TAKES_MAX, Statements
 from persistency.storage.postgres.session import BEGIN, COMMIT, Session, Statement
 from persistency.storage.postgres.store import Found, PostgresStore
 
@@ -133,7 +133,7 @@ class PostgresRoot:
         generation = whole(taken, 0, 0)
         if ends_ms is not None and ends_ms <= options.now_ms:
             generation = _new_generation()
-            for name in ("drop_rows", "drop_changes"):
+            for name in ("drop_rows", "drop_changes", "drop_takes"):
                 session.run(self._statements[name], (job,))
             session.run(self._statements["begin_anew"], (job, int8(generation)))
             books, ends_ms = Books(latest_ms=whole(taken, 0, 2)), None
@@ -146,6 +146,9 @@ class PostgresRoot:
             session.run(self._statements["set_end"], (job, int8(options.expires_ms)))
             ends_ms = options.expires_ms
         books.latest_ms = max(books.latest_ms, books.used_ms)
+        if options.feed_changes_max or notes[1] is not None:  # who follows tells by it whether what was seen is lost
+            note = (generation, books.version, secrets.randbits(62), TAKES_MAX)
+            session.run(self._statements["note_take"], (job, *map(int8, note)))
         outdated, reaping_counts = self._beside(session, job, options, books, notes)
         return generation, Found(books, ends_ms, outdated, reaping_counts)
 
@@ -210,7 +213,7 @@ class PostgresRoot:
             session.run(BEGIN, ())
             if session.run(self._statements["where"], (job,)).ntuples:
                 self._taken(session, job_id, job, 0)
-                for name in ("drop_rows", "drop_changes", "drop_job"):
+                for name in ("drop_rows", "drop_changes", "drop_takes", "drop_job"):
                     session.run(self._statements[name], (job,))
             session.run(COMMIT, ())
             return []
@@ -265,19 +268,20 @@ class PostgresRoot:
         if found > FORMAT:
             raise SchemaTooNew(f"the tables in schema {self.address.schema!r} are of format {found}")
         self._made = found == FORMAT
-        return self._made
+        return found > 0
 
     def _make(self, session: Session) -> None:
-        """Make the tables, if they aren't there: whoever does the same meanwhile is waited for."""
+        """Make the tables that aren't there: whoever does the same meanwhile is waited for."""
         for left in reversed(range(_TRIES_MAX)):
-            if self._made or self._has_tables(session):
+            self._has_tables(session)
+            if self._made:
                 return
             try:
                 for sql in self._statements.making():
                     session.run(Statement(b"", sql.encode()), ())
                 session.run(BEGIN, ())
                 session.run(self._statements["new_meta"], ())
-                if not whole(session.run(self._statements["locked_format"], ())):
+                if whole(session.run(self._statements["locked_format"], ())) < FORMAT:
                     for sql in self._statements.tables():
                         session.run(Statement(b"", sql.encode()), ())
                     session.run(self._statements["set_format"], (int8(FORMAT),))

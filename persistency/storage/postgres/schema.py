@@ -4,6 +4,7 @@
     jobs(job, ...)          a row per job: who owns it, under which generation and until when, and its numbers
     rows(job, category, key, payload, version, expires_ms)
     changes(job, version, kind, category, key, payload, stop)
+    takes(job, generation, version, mark)   at which version a job that keeps its changes was taken, the last times
 
 Rules:
   1. The job is the first column of every key, so that engines which shard do it by job.
@@ -21,7 +22,8 @@ from hashlib import sha256
 from persistency.storage.port import ChangeKind
 from persistency.storage.postgres.session import Statement
 
-FORMAT = 1
+FORMAT = 2
+TAKES_MAX = 1_000  # of a job, that are kept
 GENERATION_BITS = 20  # of a generation count how often a job was taken; the others are drawn when it is made
 LABEL_CHARS_MAX = 40
 
@@ -39,10 +41,17 @@ CREATE INDEX IF NOT EXISTS rows_expires ON {s}.rows (job, expires_ms) WHERE expi
 CREATE TABLE IF NOT EXISTS {s}.changes (
     job text NOT NULL, version bigint NOT NULL, kind smallint NOT NULL, category bytea NOT NULL,
     key bytea NOT NULL, payload bytea, stop bytea, PRIMARY KEY (job, version)
+);
+CREATE TABLE IF NOT EXISTS {s}.takes (
+    job text NOT NULL, generation bigint NOT NULL, version bigint NOT NULL, mark bigint NOT NULL,
+    PRIMARY KEY (job, generation)
 )
 """
 KINDS: tuple[ChangeKind, ...] = ("put", "delete", "expire", "delete_range")  # by their number in the table
 
+# Of the generation that a job is under: drawn at random, so that one that the server has lost, and that was counted
+# again, is another.
+_MARK = "(SELECT t.mark FROM {s}.takes t WHERE t.job = j.job AND t.generation = j.generation)"
 _LIVE = "(expires_ms IS NULL OR expires_ms > {now})"
 _UPSERT = (
     " ON CONFLICT (job, category, key) DO UPDATE SET payload = excluded.payload, version = excluded.version,"
@@ -83,12 +92,28 @@ _SQL: dict[str, str] = {
         " last_used_ms = greatest(last_used_ms, $4::bigint) WHERE job = $1::text AND generation = $2::bigint"
     ),
     "where": "SELECT generation, last_version, attempt FROM {s}.jobs WHERE job = $1::text",
-    "reading": ("SELECT generation, last_version, latest_ms, ends_ms, feed_dropped FROM {s}.jobs WHERE job = $1::text"),
-    "versions": "SELECT job, generation, last_version FROM {s}.jobs WHERE job = ANY($1::text[])",
+    "reading": (
+        f"SELECT j.generation, j.last_version, {_MARK}, j.latest_ms, j.ends_ms, j.feed_dropped FROM {{s}}.jobs j"
+        " WHERE j.job = $1::text"
+    ),
+    "versions": (
+        f"SELECT j.generation, j.last_version, {_MARK}, j.job FROM {{s}}.jobs j WHERE j.job = ANY($1::text[])"
+    ),
+    "note_take": (
+        "WITH old AS (DELETE FROM {s}.takes WHERE job = $1::text AND generation <= $2::bigint - $5::bigint)"
+        " INSERT INTO {s}.takes (job, generation, version, mark) VALUES ($1::text, $2::bigint, $3::bigint, $4::bigint)"
+        " ON CONFLICT (job, generation) DO UPDATE SET version = excluded.version, mark = excluded.mark"
+    ),
+    "takes_since": (
+        "SELECT count(*)::bigint, coalesce(min(version), 0)::bigint,"
+        " (SELECT mark FROM {s}.takes WHERE job = $1::text AND generation = $2::bigint)"
+        " FROM {s}.takes WHERE job = $1::text AND generation > $2::bigint"
+    ),
     # What rings for those who follow, and is nothing where nobody does.
     "ring": "SELECT pg_notify('{c}', $1::text)",
     "drop_rows": "DELETE FROM {s}.rows WHERE job = $1::text",
     "drop_changes": "DELETE FROM {s}.changes WHERE job = $1::text",
+    "drop_takes": "DELETE FROM {s}.takes WHERE job = $1::text",
     "drop_job": "DELETE FROM {s}.jobs WHERE job = $1::text",
     "stored": (
         "SELECT j.job, coalesce((SELECT sum(octet_length(r.payload) + octet_length(r.key))::bigint FROM {s}.rows r"
