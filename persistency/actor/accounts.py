@@ -22,7 +22,7 @@ from persistency.actor.settling import Answer, tell_if_unseen
 from persistency.actor.tally import Tally
 from persistency.actor.waiters import Waiters
 from persistency.errors import Failure, PersistencyError, WriteFailed
-from persistency.storage.port import PLACES, Barrier, Failed, Group, ListChanges, SetRow, operations
+from persistency.storage.port import PLACES, Barrier, Failed, GetRow, Group, ListChanges, SetRow, operations
 
 NameOps = Callable[[Any, Any, Any], tuple[Any, ...]]
 
@@ -41,6 +41,10 @@ class Accounts:
 
     def group(self, group: Group, outcomes: list[Any], answers: list[Answer]) -> None:
         """Count what became of a group, keep the failures of events, add the answers of requests."""
+        if len(group) == PLACES and type(group[1]) is GetRow and type(outcomes[0]) is not Failed:
+            answers.append((group[2], outcomes[0], None))  # a lone read is no operation: there is nothing to count
+            self._mailbox.in_hand = []
+            return
         if Failed not in map(type, outcomes) and (
             None not in group[::PLACES] or set(map(type, group[1::PLACES])) == {SetRow}
         ):

@@ -307,6 +307,8 @@ def operations(message: Any) -> int:
 
 def writes(group: Group) -> bool:
     """Say whether a group holds a write operation."""
+    if len(group) == PLACES and type(group[1]) is GetRow:
+        return False  # the usual one
     messages = zip(group[::PLACES], group[1::PLACES], strict=True)
     return any(category is not None or operations(message) for category, message in messages)
 
