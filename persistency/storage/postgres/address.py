@@ -8,13 +8,14 @@ Rules:
   1. Ours are taken out before libpq sees the URL; of a name that begins like ours and isn't one we know nothing.
   2. A password is in no message, and in nothing that is shown.
   3. What bounds the waiting for a server that is gone has a default, unless the URL says otherwise.
+  4. Where the hosts are is known before libpq connects, so that each is an attempt of its own: what a service file and
+     the environment say counts as if the URL said it, where that says nothing.
 
 Doesn't know: connections, tables.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -37,6 +38,10 @@ _DEFAULTS = {
     "application_name": "persistency",
     "client_encoding": "UTF8",
 }
+# What libpq is asked for, as it finds it in service files and the environment; all else it finds there when it
+# connects. How what is stored is encoded is nobody's choice but the URL's.
+_ELSEWHERE = ("host", "hostaddr", "port", "target_session_attrs", "load_balance_hosts", *_DEFAULTS)
+_NOWHERE = b"persistency"  # no value of sslmode: libpq gives up before it looks for a server
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,40 @@ def _settings(url: str) -> dict[str, str]:
     except Exception as error:
         raise Misuse(f"root can't be read as a URL: {_without_secrets(str(error), url)}") from None
     given = {option.keyword.decode(): option.val.decode() for option in found if option.val}
-    return _DEFAULTS | given
+    return _DEFAULTS | _from_elsewhere(url, found) | given
+
+
+def _from_elsewhere(url: str, given: list[pq.ConninfoOption]) -> dict[str, str]:
+    """Return what libpq takes from a service file, or else from the environment, for what the URL leaves open.
+
+    Only libpq knows where its files are: it is asked by a connection that it gives up before it looks for any server.
+    """
+    quoted = [b"%b='%b'" % (option.keyword, escaped(option.val)) for option in given if option.val]
+    connection = pq.PGconn.connect_start(b" ".join([*quoted, b"sslmode='%b'" % _NOWHERE]))
+    try:
+        known = {option.keyword: option for option in connection.info}
+        if b"sslmode" not in known or known[b"sslmode"].val != _NOWHERE:
+            trouble = connection.error_message.decode(errors="replace")
+            raise Misuse(f"root: its service can't be used: {_without_secrets(trouble, url)}")
+        values = {name: known[name.encode()] for name in _ELSEWHERE if name.encode() in known}
+        # What is so without anybody's saying is left open.
+        said = {name: option.val.decode() for name, option in values.items() if option.val not in (None, option.compiled)}
+    finally:
+        connection.finish()
+    said.pop("client_encoding", None)
+    return said
+
+
+def escaped(value: bytes) -> bytes:
+    """Return a value as it stands between quotes in libpq's settings."""
+    return value.replace(b"\\", b"\\\\").replace(b"'", b"\\'")
 
 
 def _split(settings: dict[str, str]) -> tuple[dict[str, str], ...]:
     """Return the settings for each host by itself: libpq bounds no attempt in time when it is asked not to block."""
-    names = settings.get("host", os.environ.get("PGHOST", "")).split(",")
+    names = settings.get("host", "").split(",")
     addresses = settings.get("hostaddr", "").split(",") if settings.get("hostaddr") else []
-    ports = settings.get("port", os.environ.get("PGPORT", "")).split(",")
+    ports = settings.get("port", "").split(",")
     count = max(len(names), len(addresses))
     rest = {name: value for name, value in settings.items() if name not in ("host", "hostaddr", "port")}
     if len(ports) not in (1, count) or (addresses and len(names) not in (1, count)):

@@ -14,33 +14,45 @@ import select
 import socket
 from collections.abc import Iterator
 from time import monotonic
+from typing import NamedTuple
 
 from psycopg import pq
 
-from persistency.storage.postgres.address import Address
+from persistency.storage.postgres.address import Address, escaped
 from persistency.storage.postgres.faults import Lost
 
 
-def connected(address: Address) -> pq.abc.PGconn:
-    """Return a new connection. Raises `Lost`, which says what became of every host."""
+class Connected(NamedTuple):
+    """A connection, and libpq's settings for the one host, and its one address, that it is to."""
+
+    connection: pq.abc.PGconn
+    settings: dict[str, str]
+
+
+def connected(address: Address) -> Connected:
+    """Return a new connection to any of the hosts. Raises `Lost`, which says what became of every one."""
     hosts = list(address.hosts)
     if address.shuffled:
         random.shuffle(hosts)
     troubles: list[str] = []
     for host in hosts:
         for settings in _looked_up(host, troubles):
-            connection = _begun(settings)
             try:
-                _finish(connection, monotonic() + address.connect_seconds)
+                return Connected(connected_to(settings, address.connect_seconds), settings)
             except Lost as error:
-                connection.finish()
                 troubles.append(str(error))
-            except BaseException:
-                connection.finish()
-                raise
-            else:
-                return connection
     raise Lost("; ".join(dict.fromkeys(troubles)))
+
+
+def connected_to(settings: dict[str, str], seconds: float) -> pq.abc.PGconn:
+    """Return a new connection to the one host of those settings. Raises `Lost`, after so many seconds at the latest."""
+    connection = _begun(settings)
+    try:
+        _finish(connection, monotonic() + seconds)
+    except BaseException:
+        connection.finish()
+        raise
+    return connection
 
 
 def said(connection: pq.abc.PGconn) -> str:
@@ -56,7 +68,7 @@ def _looked_up(host: dict[str, str], troubles: list[str]) -> Iterator[dict[str, 
         return
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a label of a name that is too long, or empty, is no name
         troubles.append(f"can't look up host {name!r}: {error}")
         return
     for numeric in dict.fromkeys(str(entry[4][0]) for entry in found):
@@ -64,12 +76,8 @@ def _looked_up(host: dict[str, str], troubles: list[str]) -> Iterator[dict[str, 
 
 
 def _begun(settings: dict[str, str]) -> pq.abc.PGconn:
-    quoted = (f"{name}='{_escaped(value)}'" for name, value in settings.items())
-    return pq.PGconn.connect_start(" ".join(quoted).encode())
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("'", "\\'")
+    quoted = (b"%b='%b'" % (name.encode(), escaped(value.encode())) for name, value in settings.items())
+    return pq.PGconn.connect_start(b" ".join(quoted))
 
 
 def _finish(connection: pq.abc.PGconn, deadline: float) -> None:

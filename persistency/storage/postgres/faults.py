@@ -42,6 +42,10 @@ class Lost(Exception):
     """The connection broke, or the server fell silent."""
 
 
+class Unsent(Lost):
+    """Not all was sent, so nothing of it is committed: not later either, once the connection is closed."""
+
+
 def translated(error: Refused | Lost, what: str) -> StorageError:
     """Return the error of ours for what went wrong."""
     text = f"{what}: {error}"

@@ -2,11 +2,12 @@
 
 Rules:
   1. A statement is prepared the first time a session runs it, by name, in the same round trip.
-  2. Nothing blocks without a bound: a server that is silent for too long is given up, unless it answers somebody
-     else; then it is busy with what it was asked.
+  2. Nothing blocks without a bound: a server that is silent for too long is given up, unless it, and no other of the
+     hosts, answers somebody else; then it is busy with what it was asked.
   3. `broken` is set before anything is sent and cleared when all is answered: whatever comes in between, a Ctrl-C
      too, leaves a session that nobody uses again.
-  4. In a forked child the socket is closed and no word is said: the session is the parent's.
+  4. Whoever is told `Unsent` can be sure that nothing was, or will be, committed.
+  5. In a forked child the socket is closed and no word is said: the session is the parent's.
 
 Doesn't know: what the statements are about, jobs, who shares sessions.
 """
@@ -24,13 +25,15 @@ from psycopg import Error, pq
 from psycopg.pq.abc import PGresult
 
 from persistency.storage.postgres.address import Address
-from persistency.storage.postgres.connecting import connected, said
-from persistency.storage.postgres.faults import UNKNOWN_SETTING, Lost, Refused
+from persistency.storage.postgres.connecting import connected, connected_to, said
+from persistency.storage.postgres.faults import UNKNOWN_SETTING, Lost, Refused, Unsent
 
 Params: TypeAlias = Sequence[bytes | None]
 
 UNSEEN_SECONDS = 0.5  # for so long nobody has used a session, and it is looked at before it is used again
 SILENT_SECONDS = 30.0  # without a byte from the server, and it is asked elsewhere whether it lives
+MESSAGE_BYTES_MAX = 1000 * 1024 * 1024  # the server cuts off whoever sends a message of a gigabyte
+UNSENT_BYTES = 16 * 1024 * 1024  # so much is handed to libpq, which moves all of it at each partial send, and no more
 
 # What makes plans steady on a server of the PostgreSQL kind; others may not know them, and needn't. A statement here
 # always goes by an index: tables that have just grown have no statistics that would say so.
@@ -76,10 +79,10 @@ class Session:
         self.used_at: float = monotonic()
         self.broken: bool = False
         self._syncs: bool | None = None  # what a commit waits for; the server's default may be anything
-        self._address = address
+        self._connect_seconds = address.connect_seconds
         self._known: set[bytes] = set()
         self._pid = os.getpid()
-        self._connection = connected(address)
+        self._connection, self._settings = connected(address)  # of this host: another one's life says nothing
         self.born: float = monotonic()
         self._poll = select.poll()
         self._poll.register(self._connection.socket, select.POLLIN)
@@ -108,9 +111,12 @@ class Session:
         self.broken = True
         try:
             connection.send_query_prepared(statement.name, params, _BINARY[: len(params)], 1)
+        except Error as error:
+            raise Unsent(self._reason(error)) from error
+        try:
             connection.flush()
         except Error as error:
-            raise Lost(str(error).strip()) from error
+            raise Lost(self._reason(error)) from error
         return True
 
     def receive(self) -> PGresult:
@@ -137,33 +143,57 @@ class Session:
         """Send everything, then take the results; `apart`: one that fails doesn't harm those behind it."""
         connection = self._connection
         self.broken = True
-        prepared: list[bytes] = []  # what each result is of: a name that was prepared, or nothing
-        known = set(self._known)
         try:
             connection.enter_pipeline_mode()
-            for name, sql, params in ((step[0].name, step[0].sql, step[1]) for step in steps):
-                if not name:
-                    connection.send_query_params(sql, None)
-                else:
-                    if name not in known:
-                        connection.send_prepare(name, sql)
-                        known.add(name)
-                        prepared.append(name)
-                    connection.send_query_prepared(name, params, _BINARY[: len(params)], 1)
-                prepared.append(b"")
-                if apart:
-                    connection.pipeline_sync()
+            prepared = self._hand_over(steps, apart=apart)
+        except (Error, Lost) as error:
+            raise Unsent(f"nothing is committed, not all was sent: {self._reason(error)}") from error
+        try:
             if not apart:
                 connection.pipeline_sync()
             results = self._all(len(prepared), len(steps) if apart else 1)
             connection.exit_pipeline_mode()
         except Error as error:
-            raise Lost(str(error).strip()) from error
+            raise Lost(self._reason(error)) from error
         self._known |= {name for name, result in zip(prepared, results, strict=True) if result.status in _GOOD} - {b""}
         self.broken = False
         if not apart and (bad := next((result for result in results if result.status not in _GOOD), None)) is not None:
             raise self._failed(bad)
         return [result for name, result in zip(prepared, results, strict=True) if not name]
+
+    def _hand_over(self, steps: Sequence[tuple[Statement, Params]], *, apart: bool) -> list[bytes]:
+        """Hand statements to libpq, none too many at once; return what each result is of: a name prepared, or nothing.
+
+        What ends a transaction is the last of them: whatever is raised, it wasn't sent.
+        """
+        connection = self._connection
+        prepared: list[bytes] = []
+        known = set(self._known)
+        unsent = 0
+        for (name, sql), params in steps:
+            nbytes = sum(map(len, filter(None, params)))
+            unsent += nbytes
+            if unsent > UNSENT_BYTES:
+                self._flush()
+                unsent = nbytes
+            if not name:
+                connection.send_query_params(sql, None)
+            else:
+                if name not in known:
+                    connection.send_prepare(name, sql)
+                    known.add(name)
+                    prepared.append(name)
+                connection.send_query_prepared(name, params, _BINARY[: len(params)], 1)
+            prepared.append(b"")
+            if apart:
+                connection.pipeline_sync()
+        return prepared
+
+    def _reason(self, error: Error | Lost) -> str:
+        """Return why something failed: what the connection says, which psycopg doesn't always repeat."""
+        if isinstance(error, Lost) or self._connection.status == pq.ConnStatus.OK:
+            return str(error).strip()
+        return said(self._connection)
 
     def _all(self, count: int, syncs: int) -> list[PGresult]:
         results: list[PGresult] = []
@@ -205,9 +235,9 @@ class Session:
                 connection.consume_input()
 
     def _ask_around(self) -> None:
-        """See whether the server answers anybody; raise `Lost` if it doesn't."""
+        """See whether this very server answers anybody; raise `Lost` if it doesn't."""
         try:
-            connected(self._address).finish()
+            connected_to(self._settings, self._connect_seconds).finish()
         except Lost as error:
             raise Lost(f"the server has been silent for {SILENT_SECONDS:g} s, and takes no connection") from error
 
