@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import socket
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,3 +130,105 @@ def test_a_host_that_isnt_known() -> None:
         with pytest.raises(Unavailable, match=r"no-such-host\.invalid"):
             persistency.open_job("j")
         assert done.wait(10)
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..example"])
+def test_a_host_whose_name_is_none(host: str) -> None:
+    """A name that can't even be asked for is a host that isn't found; the next one is tried."""
+    with (
+        Persistency(f"postgresql://u@{host},127.0.0.1:1/db?connect_timeout=2") as persistency,
+        pytest.raises(Unavailable, match=f"{host}.*refused"),
+    ):
+        persistency.open_job("j")
+
+
+SERVICES = """
+# what is where
+[far]
+host=one.example.invalid,two.example.invalid
+port=1,2
+user=somebody
+password=hunter2
+connect_timeout=3
+
+[near]
+host=127.0.0.1
+port=1
+target_session_attrs=read-only
+
+[broken]
+nonsense=1
+"""
+
+
+@pytest.fixture
+def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A service file."""
+    path = tmp_path / "services.conf"
+    path.write_text(SERVICES)
+    for name in ("PGSERVICE", "PGHOST", "PGPORT", "PGHOSTADDR", "PGCONNECT_TIMEOUT", "PGTARGETSESSIONATTRS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PGSERVICEFILE", str(path))
+    return path
+
+
+def _places(url: str) -> list[tuple[str | None, str | None, str | None]]:
+    return [(host.get("host"), host.get("port"), host.get("target_session_attrs")) for host in parsed(url).hosts]
+
+
+@pytest.mark.usefixtures("services")
+def test_the_hosts_of_a_service() -> None:
+    """They are tried one by one, like those of a URL; what the URL says comes first, our defaults last."""
+    far = [("one.example.invalid", "1", "read-write"), ("two.example.invalid", "2", "read-write")]
+    assert _places("postgresql:///?service=far") == far
+    assert parsed("postgresql:///?service=far").connect_seconds == 3
+    assert _places("postgresql:///?service=far&target_session_attrs=any")[1][2] == "any"
+    assert _places("postgresql://a:7,b:8/?service=near") == [("a", "7", "read-only"), ("b", "8", "read-only")]
+    near = parsed("postgresql:///?service=near&connect_timeout=4")
+    assert (near.connect_seconds, near.hosts[0]["tcp_user_timeout"]) == (4, "20000")
+    assert not any("password" in host for host in parsed("postgresql:///?service=far").hosts)
+
+
+@pytest.mark.usefixtures("services")
+def test_a_service_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`PGSERVICE` names it as the URL does, and the URL's comes first; so it is with the hosts themselves."""
+    monkeypatch.setenv("PGSERVICE", "far")
+    assert [host for host, _, _ in _places("postgresql:///db")] == ["one.example.invalid", "two.example.invalid"]
+    assert [host for host, _, _ in _places("postgresql:///db?service=near")] == ["127.0.0.1"]
+    monkeypatch.delenv("PGSERVICE")
+    monkeypatch.setenv("PGHOST", "a,b")
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    assert [host for host, _, _ in _places("postgresql:///db")] == ["a", "b"]
+    assert parsed("postgresql:///db").hosts[0]["client_encoding"] == "UTF8"
+
+
+def test_where_service_files_are(services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libpq looks for them: where the system keeps its settings, too."""
+    monkeypatch.delenv("PGSERVICEFILE")
+    monkeypatch.setenv("PGSYSCONFDIR", str(services.parent))
+    services.rename(services.parent / "pg_service.conf")
+    assert len(_places("postgresql:///?service=far")) == 2
+
+
+@pytest.mark.usefixtures("services")
+def test_the_hosts_of_a_service_are_looked_up_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by libpq, during which nobody else would run."""
+    asked: list[Any] = []
+
+    def look_up(name: str, *_args: Any, **_options: Any) -> Any:
+        asked.append(name)
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with Persistency("postgresql:///?service=far") as persistency, pytest.raises(Unavailable, match="no such host"):
+        persistency.open_job("j")
+    assert asked == ["one.example.invalid", "two.example.invalid"]
+
+
+@pytest.mark.usefixtures("services")
+@pytest.mark.parametrize(("service", "said"), [("farther", "farther"), ("broken", "syntax error")])
+def test_a_service_that_isnt_known(service: str, said: str) -> None:
+    """It is said at once, of `root`, and no password with it."""
+    with pytest.raises(Misuse, match=f"^root.*{said}") as misuse:
+        Persistency(f"postgresql://u:{SECRET}@/db?service={service}")
+    assert "hunter" not in str(misuse.value)

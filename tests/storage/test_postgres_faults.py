@@ -14,13 +14,15 @@ import pytest
 
 from persistency import Job, Persistency, Put
 from persistency.errors import Corrupt, LeaseLost, Poisoned, Unavailable, WriteFailed
+from persistency.storage.port import StoreOptions
 from persistency.storage.postgres import session as session_module
+from persistency.storage.postgres import store as store_module
 from persistency.storage.postgres.address import parsed
 from persistency.storage.postgres.faults import Refused
 from persistency.storage.postgres.root import PostgresRoot
 from persistency.storage.postgres.session import Session
 from persistency.transaction import Transaction
-from tests.postgres import Server, fresh_url, missing, until, with_parameters
+from tests.postgres import Server, fresh_url, missing, until, url_of, with_parameters
 from tests.postgres_proxy import Proxy, When
 from tests.storage.conftest import run_child
 
@@ -341,6 +343,83 @@ def test_a_silent_server_is_given_up_when_it_takes_nobody(monkeypatch: pytest.Mo
         job.flush().result(WAIT)
         assert [row.payload for row in job.scan("c").result(WAIT)] == [b"1", b"2"]
         assert job.version().result(WAIT) == 2
+
+
+def test_a_silent_server_is_given_up_though_another_host_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all processes of the old primary stopped, its host alive, jobs go on where the replica was promoted."""
+    monkeypatch.setattr(session_module, "SILENT_SECONDS", 0.3)
+    with _server() as server, server.standby() as standby:
+        persistency = Persistency(url_of(server, standby, connect_timeout=1))
+        job = persistency.open_job("j", stall_timeout=WAIT)
+        job.put("c", (1,), b"1")
+        job.flush(sync=True).result(WAIT)
+        pids = server.sql("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        assert server.pid is not None
+        stopped = [server.pid, *(pid for (pid,) in pids)]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            job.put("c", (2,), b"2")
+            standby.promote()
+            job.flush().result(WAIT)
+            assert [row.payload for row in job.scan("c").result(WAIT)] == [b"1", b"2"]
+            assert job.version().result(WAIT) == 2
+            persistency.close(WAIT)
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+
+def _refused_by_libpq(monkeypatch: pytest.MonkeyPatch, refusals: list[int]) -> None:
+    """Have every write ask libpq for more than it sends, as long as there are refusals left."""
+    put_step, change_steps = store_module.put_step, store_module.change_steps
+    too_many: list[bytes] = [b""] * 70_000
+    monkeypatch.setattr(session_module, "_BINARY", (1,) * 70_000)
+
+    def put_too_much(*args: Any) -> Any:
+        statement, params = put_step(*args)
+        return statement, too_many if refusals and refusals.pop() else params
+
+    def change_too_much(*args: Any, **options: Any) -> Any:
+        steps = change_steps(*args, **options)
+        return [*steps, (steps[-1][0], too_many)] if refusals and refusals.pop() else steps
+
+    monkeypatch.setattr(store_module, "put_step", put_too_much)
+    monkeypatch.setattr(store_module, "change_steps", change_too_much)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("kept", [0, 5])
+def test_what_libpq_doesnt_send_is_in_no_doubt(monkeypatch: pytest.MonkeyPatch, kept: int, *, prepared: bool) -> None:
+    """It fails with libpq's reason, the session is given up, and nobody believes that it may have happened."""
+    store = PostgresRoot(parsed(fresh_url())).open("j", StoreOptions(feed_changes_max=kept))
+    if prepared:
+        store.apply([b"c", b"k", b"0"], 1)
+    before, session = store.last_version, store._holder.session
+    _refused_by_libpq(monkeypatch, [1])
+    with pytest.raises(Unavailable, match="number of parameters") as unavailable:
+        store.apply([b"c", b"k", b"1"], 1)
+    assert not unavailable.value.at_commit
+    assert not store._standing.doubtful
+    assert store.apply([b"c", b"k", b"2"], 1) == [None]
+    assert store._holder.session is not session or session is None
+    assert store.last_version == before + 1
+    assert store.get(b"c", b"k", 1) == b"2"
+    store.close()
+
+
+def test_what_was_never_sent_is_reported_as_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is poisoned by it says what was the matter."""
+    failed: queue.Queue[Any] = queue.Queue()
+    persistency = Persistency(fresh_url())
+    job = persistency.open_job("j", stall_timeout=0.2, on_error=lambda _job_id, failures: failed.put(failures))
+    _refused_by_libpq(monkeypatch, [1] * 10_000)
+    job.put("c", ("k",), b"v")
+    assert [failure.outcome for failure in failed.get(timeout=WAIT)] == ["not applied"]
+    with pytest.raises(Poisoned, match="number of parameters"):
+        job.flush().result(WAIT)
+    with contextlib.suppress(WriteFailed, Poisoned):
+        persistency.close(WAIT)
 
 
 def test_a_busy_server_isnt_given_up(monkeypatch: pytest.MonkeyPatch, proxy: Proxy, job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -11,6 +12,7 @@ from persistency.codec.keys import RawKey
 from persistency.errors import Corrupt, JobLocked, Misuse, StorageError, WriteFailed
 from persistency.storage.port import (
     Batch,
+    DropRow,
     Failed,
     GetRow,
     ListEntries,
@@ -18,10 +20,16 @@ from persistency.storage.port import (
     ScanRange,
     SetRow,
     StoreOptions,
+    SwapRow,
+    TouchRow,
     Within,
 )
+from persistency.storage.postgres import session as session_module
+from persistency.storage.postgres import writes
 from persistency.storage.postgres.address import parsed
+from persistency.storage.postgres.packing import number
 from persistency.storage.postgres.root import PostgresRoot
+from persistency.storage.postgres.session import Session, Statement
 from persistency.storage.postgres.store import PostgresStore
 from persistency.testing import batch, group, put
 from tests.postgres import fresh_url, sql
@@ -259,6 +267,105 @@ def test_large_payloads_and_groups(url: str) -> None:
     assert store.apply(group(many), NOW_MS) == [20_010]
     assert len(store.scan(ScanRange(b"d", b"", None, keys_only=True), NOW_MS)) == 20_000
     store.close()
+
+
+Sizes: TypeAlias = list[tuple[bytes, int]]
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sizes:
+    """Have statements be of some 4,000 bytes at most; return the name and the size of each that is sent."""
+    found: Sizes = []
+    pipe = Session.pipe
+
+    def counting(self: Session, steps: Any) -> Any:
+        found.extend((name.rpartition(b".")[2], sum(map(len, filter(None, params)))) for (name, _), params in steps)
+        return pipe(self, steps)
+
+    monkeypatch.setattr(writes, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(Session, "pipe", counting)
+    return found
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_group_too_large_for_a_statement(url: str, sent: Sizes, kept: int, *, batched: bool) -> None:
+    """It is sent in several, of one transaction; what it changes otherwise, and asks, comes in parts as well."""
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions(feed_changes_max=kept))
+    sent.clear()
+    items = group(*[put(b"c", b"%03d" % at, b"%d" % at * 1500) for at in range(10)])
+    store.apply(group(Batch(items, 10, False)) if batched else items, NOW_MS)
+    names = [name for name, _ in sent]
+    assert names.count(b"upsert") == 5
+    assert names.count(b"add_changes") == (5 if kept else 0)
+    assert (names.count(b"begin"), names.count(b"commit")) == (1, 1)
+    assert max(nbytes for _, nbytes in sent) < 4500
+    assert store.last_version == 10
+    assert [payload for _, payload in store.scan(ScanRange(b"c", b"", None), NOW_MS)] == items[2::3]
+    sent.clear()
+    keys = [b"%03d" % at + b"k" * 997 for at in range(9)]  # three to a statement
+    store.apply(group(*[put(b"c", key, b"") for key in keys]), NOW_MS)
+    store.apply(group(*[TouchRow(b"c", key, NOW_MS + 5) for key in keys]), NOW_MS)
+    store.apply(group(*[DropRow(b"c", key) for key in keys]), NOW_MS)
+    names = [name for name, _ in sent]
+    assert [names.count(name) for name in (b"upsert", b"touch", b"delete", b"heads")] == [3, 3, 3, 6]
+    assert max(nbytes for _, nbytes in sent) < 4500
+    assert len(store.scan(ScanRange(b"c", b"", None), NOW_MS)) == 10
+    store.close()
+
+
+def test_a_group_that_fits_is_one_statement(url: str, sent: Sizes) -> None:
+    """Puts that are small enough aren't sent as a transaction, however many they are."""
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions())
+    sent.clear()
+    store.apply(group(*[put(b"c", b"%03d" % at, b"x" * 700) for at in range(5)]), NOW_MS)
+    assert {name for name, _ in sent} - {b"syncs_not"} == {b"put"}
+    store.close()
+
+
+@pytest.mark.parametrize("shape", ["put", "row", "batch", "swap"])
+def test_a_row_too_large_for_a_message_fails_alone(
+    url: str, monkeypatch: pytest.MonkeyPatch, sent: Sizes, shape: str
+) -> None:
+    """It is refused before it is sent; its neighbours are stored, and the job goes on."""
+    monkeypatch.setattr(session_module, "MESSAGE_BYTES_MAX", 5000)
+    store = PostgresRoot(parsed(url)).open("j", StoreOptions())
+    large = b"x" * 5000
+    shapes = {
+        "put": put(b"c", b"k", large),
+        "row": SetRow(b"c", b"k", large, NOW_MS + 5),
+        "batch": batch(put(b"c", b"in", b""), put(b"c", b"k", large)),
+        "swap": SwapRow(b"c", b"k", None, large, None),
+    }
+    outcomes = store.apply(group(put(b"c", b"a", b"1"), shapes[shape], put(b"c", b"b", b"2")), NOW_MS)
+    assert [outcomes[0], outcomes[2]] == [None, None]
+    assert isinstance(outcomes[1], Failed)
+    assert isinstance(outcomes[1].error, StorageError)
+    assert "5000 bytes" in str(outcomes[1].error)
+    assert max(nbytes for _, nbytes in sent) < 4500
+    assert [row.key for row in store.read(ListEntries(b"c"), NOW_MS)] == [b"a", b"b"]
+    assert store.last_version == 2
+    store.close()
+
+
+def test_libpq_is_handed_no_more_than_it_gets_rid_of(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the statements of a large pipeline it is waited for what was handed over to be on its way."""
+    session = Session(parsed(url))
+    monkeypatch.setattr(session_module, "UNSENT_BYTES", 1000)
+    flushes: list[int] = []
+    flush, every = Session._flush, Session._all
+
+    def counting(self: Session) -> None:
+        flushes.append(1)
+        flush(self)
+
+    monkeypatch.setattr(Session, "_flush", counting)
+    monkeypatch.setattr(Session, "_all", lambda self, count, syncs: (flushes.append(0), every(self, count, syncs))[1])
+    length = Statement(b"length", b"SELECT length($1::bytea)::bigint")
+    results = session.pipe([(length, (bytes(size),)) for size in (400, 400, 400, 2000, 10)])
+    assert [number(result.get_value(0, 0) or b"") for result in results] == [400, 400, 400, 2000, 10]
+    assert flushes[:4] == [1, 1, 1, 0]
+    session.close()
 
 
 def test_keys_are_in_the_order_of_bytes(url: str) -> None:

@@ -119,9 +119,11 @@ def _from_elsewhere(url: str, given: list[pq.ConninfoOption]) -> dict[str, str]:
         if b"sslmode" not in known or known[b"sslmode"].val != _NOWHERE:
             trouble = connection.error_message.decode(errors="replace")
             raise Misuse(f"root: its service can't be used: {_without_secrets(trouble, url)}")
-        values = {name: known[name.encode()] for name in _ELSEWHERE if name.encode() in known}
-        # What is so without anybody's saying is left open.
-        said = {name: option.val.decode() for name, option in values.items() if option.val not in (None, option.compiled)}
+        said: dict[str, str] = {}
+        for name in _ELSEWHERE:
+            option = known.get(name.encode())  # one that this libpq has
+            if option is not None and option.val and option.val != option.compiled:  # else nobody may have said it
+                said[name] = option.val.decode()
     finally:
         connection.finish()
     said.pop("client_encoding", None)

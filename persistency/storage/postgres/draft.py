@@ -53,6 +53,7 @@ from persistency.storage.port import (
     TouchRow,
     UsedBytes,
 )
+from persistency.storage.postgres import session
 from persistency.storage.postgres.books import Books
 from persistency.storage.postgres.faults import Lost, Refused, translated
 from persistency.storage.postgres.overlay import Overlay
@@ -236,6 +237,8 @@ class Draft:
         place = category, bytes(key)
         if expires_ms is not None and not INT8_MIN <= expires_ms <= INT8_MAX:
             return Failed(StorageError(f"it can't be stored: an end of {expires_ms} is beyond any clock's"))
+        if len(category) + len(place[1]) + len(payload) > session.MESSAGE_BYTES_MAX:
+            return Failed(too_large(len(payload)))
         if self._too_long and place in self._too_long:
             return Failed(too_long(key))
         books = self.books
@@ -356,6 +359,14 @@ def too_long(key: bytes) -> StorageError:
     return StorageError(
         f"it can't be stored: the server has no room in an index for its key of {len(key)} bytes",
         hint="PostgreSQL takes keys of some 2,600 bytes, and longer ones only as far as they can be compressed.",
+    )
+
+
+def too_large(nbytes: int) -> StorageError:
+    """Return why a row can't be sent."""
+    return StorageError(
+        f"it can't be stored: a message to the server has no room for its payload of {nbytes} bytes",
+        hint="PostgreSQL's protocol has room for a gigabyte: store it in parts.",
     )
 
 

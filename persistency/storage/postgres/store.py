@@ -27,7 +27,7 @@ from persistency.storage.port import PLACES, READS, Barrier, GetRow, Group, Reap
 from persistency.storage.postgres.ahead import Ahead
 from persistency.storage.postgres.books import Books
 from persistency.storage.postgres.draft import Draft
-from persistency.storage.postgres.faults import FENCED, SERIALIZATION, TOO_LARGE, Lost, Refused, translated
+from persistency.storage.postgres.faults import FENCED, SERIALIZATION, TOO_LARGE, Lost, Refused, Unsent, translated
 from persistency.storage.postgres.overlay import Overlay
 from persistency.storage.postgres.ownership import Lease, Leases
 from persistency.storage.postgres.packing import int8, number
@@ -308,7 +308,7 @@ class PostgresStore:
         asked = monotonic()
         try:
             result = session.run(*put_step(self._statements, self._job, fence, puts, terms))
-        except Refused as error:
+        except (Refused, Unsent) as error:
             self._standing.didnt_happen(number)
             self._too_large(error, zip(puts.categories, puts.keys, strict=True))
             raise
@@ -361,9 +361,9 @@ class PostgresStore:
         asked = monotonic()
         try:
             results = session.pipe([(BEGIN, ()), (self._statements["fence"], fence), *steps, (COMMIT, ())])
-        except Refused as error:
+        except (Refused, Unsent) as error:
             self._standing.didnt_happen(number)
-            if error.state == FENCED:
+            if isinstance(error, Refused) and error.state == FENCED:
                 raise _Overtaken from error
             self._too_large(error, overlay.written)
             raise
@@ -372,9 +372,9 @@ class PostgresStore:
         self._standing.committed(books, asked)
         self._outdated = False
 
-    def _too_large(self, error: Refused, written: Iterable[Place]) -> None:
+    def _too_large(self, error: Refused | Unsent, written: Iterable[Place]) -> None:
         """Take note of keys that the server may have refused."""
-        if error.state in TOO_LARGE:
+        if isinstance(error, Refused) and error.state in TOO_LARGE:
             self._too_long = {place: None for place in written if len(place[1]) > KEY_BYTES_SAFE}
 
     def _find_too_long(self, session: Session) -> frozenset[Place]:

@@ -1,17 +1,20 @@
 """Writes: what is sent for a group, in as few statements as can be, and what is asked before it.
 
 Rules:
-  1. A group of nothing but puts is one statement, which commits by itself: fence, rows and numbers together.
+  1. A group of nothing but puts is one statement, which commits by itself: fence, rows and numbers together. If they
+     are too large for one statement it is sent like any other group.
   2. Any other is asked about in one round trip and sent in another. The order in which it is sent, behind the fence:
      new ends of rows that stay, ranges that go, rows that go, rows that come.
+  3. No statement has more than `CHUNK_BYTES`, unless it is of one row.
 
 Doesn't know: what a message answers, what becomes of errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from persistency.storage.port import (
     PLACES,
@@ -25,6 +28,7 @@ from persistency.storage.port import (
     Group,
     HasRow,
     SetRow,
+    StoredChange,
     SwapRow,
     TouchRow,
 )
@@ -44,8 +48,11 @@ from persistency.storage.postgres.schema import KINDS, Statements
 from persistency.storage.postgres.session import Params, Statement
 
 Step: TypeAlias = tuple[Statement, Params]
+T = TypeVar("T")
 
-CHUNK_BYTES = 64 * 1024 * 1024  # of payloads in one statement: a message of the protocol has room for a gigabyte
+CHUNK_BYTES = 16 * 1024 * 1024  # in one statement: a message of the protocol has room for a gigabyte
+ITEM_BYTES = 40  # of an item beside its category, key and payload: lengths, a version, an end
+CHANGES_MAX = 4096  # in one statement
 _OF_ONE_ROW = (GetRow, GetEntry, HasRow, DropRow, TouchRow, SwapRow)
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 
@@ -61,12 +68,21 @@ class Puts(NamedTuple):
 
 
 def as_puts(group: Group) -> Puts | None:
-    """Return a group as columns, if it is puts and nothing else."""
+    """Return a group as columns, if it is puts and nothing else, and not too large for one statement."""
     categories = group[::PLACES]
     if None not in categories:
-        return Puts(categories, group[1::PLACES], group[2::PLACES], None, [None] * len(categories))
-    found = Puts([], [], [], [], [])
-    return _named(found) if _collect(group, found, found.outcomes) else None
+        found = Puts(categories, group[1::PLACES], group[2::PLACES], None, [None] * len(categories))
+    else:
+        found = Puts([], [], [], [], [])
+        if not _collect(group, found, found.outcomes):
+            return None
+        found = _named(found)
+    return found if _size(found) <= CHUNK_BYTES else None
+
+
+def _size(puts: Puts) -> int:
+    nbytes = sum(map(len, puts.payloads)) + sum(map(len, puts.keys)) + sum(map(len, puts.categories))
+    return nbytes + ITEM_BYTES * len(puts.keys)
 
 
 def _named(found: Puts) -> Puts:
@@ -143,7 +159,8 @@ class Asked(NamedTuple):
 
     def questions(self) -> list[tuple[list[Place], bool]]:
         """Return the places to be asked about, and whether with their payloads."""
-        return [(list(places), payloads) for places, payloads in ((self.whole, True), (self.heads, False)) if places]
+        kinds = (self.whole, True), (self.heads, False)
+        return [(part, payloads) for places, payloads in kinds for part in _parts(list(places), _place_size)]
 
 
 def asked_by(group: Group, *, sizes: bool) -> Asked:
@@ -190,23 +207,21 @@ def change_steps(
         else:
             rows.append((place, row))
     steps: list[Step] = []
-    if touched:
-        columns = _columns([place for place, _ in touched])
-        ends = numbers_or_nulls([row.expires_ms for _, row in touched])
+    for some in _parts(touched, lambda row: _place_size(row[0])):
+        columns = _columns([place for place, _ in some])
+        ends = numbers_or_nulls([row.expires_ms for _, row in some])
         steps.append((statements["touch"], (job, *columns, ends)))
     for category, start, stop in overlay.holes:
         params = [job, category, start, int8(overlay.now_ms)]
         name = "drop_all" if ended_too else "drop_live"
         steps.append((statements[name], params) if stop is None else (statements[name + "_to"], [*params, stop]))
-    if gone:
-        steps.append((statements["delete"], (job, *_columns(gone))))
-    for some in _chunks(rows):
+    steps += [(statements["delete"], (job, *_columns(part))) for part in _parts(gone, _place_size)]
+    for some in _parts(rows, lambda row: _place_size(row[0]) + row[1].size):
         versions = numbers([row.version for _, row in some])
         ends = numbers_or_nulls([row.expires_ms for _, row in some])
         payloads = blobs([row.payload or b"" for _, row in some])
         steps.append((statements["upsert"], (job, *_columns([place for place, _ in some]), payloads, versions, ends)))
-    for at in range(0, len(books.fresh), 4096):
-        changes = books.fresh[at : at + 4096]
+    for changes in _parts(books.fresh, _change_size, CHANGES_MAX):
         steps.append((statements["add_changes"], (job, *_change_columns(changes))))
     if dropped > books.dropped:
         steps.append((statements["drop_old_changes"], (job, int8(dropped))))
@@ -228,15 +243,23 @@ def _change_columns(changes: list[Any]) -> tuple[bytes, ...]:
     )
 
 
-def _chunks(rows: list[tuple[Place, Row]]) -> list[list[tuple[Place, Row]]]:
-    """Return rows in parts that fit into a statement each."""
-    parts: list[list[tuple[Place, Row]]] = []
-    nbytes = 0
-    for row in rows:
-        size = row[1].size + len(row[0][1])
-        if not parts or nbytes + size > CHUNK_BYTES:
+def _place_size(place: Place) -> int:
+    return len(place[0]) + len(place[1]) + ITEM_BYTES
+
+
+def _change_size(change: StoredChange) -> int:
+    return _place_size((change.category, change.key)) + len(change.payload or b"") + len(change.stop or b"")
+
+
+def _parts(items: list[T], nbytes: Callable[[T], int], most: int = sys.maxsize) -> list[list[T]]:
+    """Return items in parts that fit into a statement each, and have so many at the most."""
+    parts: list[list[T]] = []
+    total = 0
+    for item in items:
+        size = nbytes(item)
+        if not parts or total + size > CHUNK_BYTES or len(parts[-1]) == most:
             parts.append([])
-            nbytes = 0
-        parts[-1].append(row)
-        nbytes += size
+            total = 0
+        parts[-1].append(item)
+        total += size
     return parts
