@@ -316,7 +316,9 @@ class Following(Protocol):
     """A store, for reading alone, that is told of what others commit."""
 
     def follow(self, ring: Callable[[], None]) -> None:
-        """Call `ring`, from any thread, when `last_version` has gone up without being asked; until it is closed."""
+        """Call `ring`, from any thread, when `last_version` has gone up without being asked, or something may have been
+        lost; until it is closed.
+        """
 
 
 @runtime_checkable
