@@ -109,7 +109,7 @@ class Mailbox(Door):
                         self._hand_over()
         message = GetRow(category, key)
         if self._lone and self.prefetch is not None and not self._messages:
-            self._in_place("prefetch", message)  # of those who come in crowds one would pay for it
+            self._in_place("prefetch", message)  # in a crowd it would be thrown away: the group is more than this read
         return self.ask(message, reads=True)
 
     def read(self, message: Any, *, point: bool = False) -> Reply[Any]:

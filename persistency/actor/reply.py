@@ -53,11 +53,11 @@ class Line(Protocol):
 
     def withdraw(self, reply: Reply[Any], /) -> bool:
         """Take a read that hasn't started out of the line and settle it as cancelled; return whether it was there."""
-        raise NotImplementedError
+        raise NotImplementedError  # a docstring alone would be read as one that returns None
 
     def waits_for_itself(self) -> bool:
         """Say whether the calling thread is the one that would have to answer."""
-        raise NotImplementedError
+        raise NotImplementedError  # a docstring alone would be read as one that returns None
 
 
 class _Turns(threading.local):

@@ -20,11 +20,11 @@ class Slot(Protocol):
 
     def pressed(self) -> bool:
         """Say whether somebody waits for whom nobody was asked to rest yet."""
-        raise NotImplementedError
+        raise NotImplementedError  # a docstring alone would be read as one that returns None
 
     def wanted(self) -> bool:
         """Say whether this worker, which could, has to rest for somebody else's sake."""
-        raise NotImplementedError
+        raise NotImplementedError  # a docstring alone would be read as one that returns None
 
     def decline(self) -> None:
         """Note that there is work again, in case it was asked to rest."""

@@ -79,7 +79,7 @@ def test_who_rings_in_vain_silences_nobody(url: str, job: Job, reader: Reader, r
     """Anybody may ring, with anything: followers go on, with the same thread, and see every commit."""
     feed = ChangeFeed(reader, after=1)
     thread = bell_of(reader)._thread
-    until(lambda: ring(url, text) or text in rung, "it was heard")  # type: ignore[func-returns-value]
+    until(lambda: ring(url, text) or text in rung, "it was heard")  # type: ignore[func-returns-value]  # it gives None
     for number in range(2, 5):
         reply = reader.changes(number - 1, 10, wait=True)
         assert reader.version().result(WAIT) == number - 1  # by now the other one waits
@@ -154,7 +154,7 @@ def test_what_nobody_foresaw_is_told_and_tried_again(
         until(lambda: not failures, "it was tried four times")
         job.put("c", ("k",), b"2")
         assert next(ChangeFeed(reader, after=1)).version == 2
-    assert [record.persistency_error for record in caplog.records] == ["ZeroDivisionError"]  # type: ignore[attr-defined]
+    assert [record.persistency_error for record in caplog.records] == ["ZeroDivisionError"]  # type: ignore[attr-defined]  # by `extra`
     assert bell._thread is not None
 
 

@@ -40,7 +40,7 @@ class Ahead:
             if self._standing.is_sure(session) and session.send(statement, params):
                 self.message = message
         except Lost:
-            pass  # whoever uses the session next will see
+            pass  # the session is given up, and the read asks another one in its turn
         finally:
             self._pool.park(self._holder, busy=self.message is message)
 
