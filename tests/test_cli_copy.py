@@ -23,7 +23,7 @@ from persistency.cli.ending import Fault
 from persistency.cli.ordering import order_of
 from tests.postgres import fresh_url, until
 from tests.test_cli import COMMAND, ENVIRONMENT, run
-from tests.test_cli_moving import FAR_MS, everything, typed
+from tests.test_cli_moving import FAR_MS, digest_of_rows, everything, typed
 
 SECONDS = 60
 KINDS = ("directory", "postgresql")
@@ -143,8 +143,7 @@ def test_an_export_of_one_is_an_import_of_the_other(way: tuple[str, str], tmp_pa
     with opened(other) as job:
         assert job.import_(tmp_path / "rows.cbor").result() == count
         job.export(tmp_path / "again.cbor").result()
-    first, second = ((tmp_path / name).read_bytes() for name in ("rows.cbor", "again.cbor"))
-    assert first[first.index(b"\x84") : -60] == second[second.index(b"\x84") : -60]  # but for the first and last item
+    assert digest_of_rows(tmp_path / "rows.cbor") == digest_of_rows(tmp_path / "again.cbor")
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import io
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import cbor2
 import pytest
 
 from persistency import Entry, Job, Key, Persistency, RawKey, key
@@ -31,6 +34,16 @@ RECORDS: list[dict[str, Any]] = [
     {"section": 7, "package": None, "note": '"'},
     {"section": "007", "package": "null", "note": "-"},
 ]
+
+
+def digest_of_rows(export: Path) -> str:
+    """Return what an export amounts to without its first item and its last, which tell when it was made."""
+    stream = io.BytesIO(export.read_bytes())
+    ends = []
+    while stream.tell() < len(stream.getbuffer()):
+        cbor2.load(stream)
+        ends.append(stream.tell())
+    return hashlib.sha256(stream.getbuffer()[ends[0] : ends[-2]]).hexdigest()
 
 
 def typed(*words: str | Path, code: int = 0) -> None:
@@ -111,8 +124,7 @@ def test_an_export_is_what_the_package_reads(tmp_path: Path) -> None:
     with Persistency(tmp_path) as p, p.open_job("to") as job:
         assert job.import_(tmp_path / "ours.cbor").result() == 613
         job.export(tmp_path / "theirs.cbor").result()
-    ours, theirs = (file.read_bytes() for file in (tmp_path / "ours.cbor", tmp_path / "theirs.cbor"))
-    assert ours[ours.index(b"\x84") : -60] == theirs[theirs.index(b"\x84") : -60]  # but for the first and last item
+    assert digest_of_rows(tmp_path / "ours.cbor") == digest_of_rows(tmp_path / "theirs.cbor")
     typed("import", tmp_path, "again", tmp_path / "theirs.cbor")
     assert entries(tmp_path, "again") == entries(tmp_path, "from")
 

@@ -1076,6 +1076,7 @@ def test_their_own_suite_passes_unmodified(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     plugins = ["-p", "pytest_asyncio.plugin", "-p", "no:anyio", "-p", "no:cacheprovider", "-p", "no:xdist"]
     options = ["-c", str(tmp_path / "pytest.ini"), "--rootdir", str(tmp_path), f"--junitxml={report}", "-q"]
+    options.append(f"--basetemp={tmp_path / 'base'}")
     path = os.pathsep.join([SUITE, str(Path(__file__).parent.parent)])  # their `tests` before ours
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *plugins, *options, str(tmp_path / "test_driver.py")],

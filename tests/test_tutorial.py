@@ -116,6 +116,8 @@ class Reader:
         self.port = str(port)
         # Nothing that this shell has set up for Python may help.
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        # Another pytest that ends would clear up what is in the place of all of them, and this one warn of it.
+        self.environment["PYTEST_DEBUG_TEMPROOT"] = str(directory)
         self.chat = Definitions()
         self.known: list[str] = []  # what was defined in the shell
         self.said = ""
