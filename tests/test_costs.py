@@ -183,6 +183,59 @@ def test_a_request_steps_no_statement_more_than_before(name: str, tmp_path: Path
     assert_no_more(trace, *OF_REQUESTS[name])
 
 
+# Statements of an opening, and the steps of SQLite's virtual machine; how often the system is asked for something.
+OPENING = {"PRAGMA": 7, "SELECT": 3}
+OPENING_STEPS = 127
+OPENING_CALLS = {"stat": 1, "lstat": 8, "open": 2, "fstat": 1, "pread": 1, "pwrite": 1}
+CLOSING_CALLS = {"lstat": 4, "fstat": 2, "pwrite": 1, "close": 2}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the calls that are made through `os`; SQLite makes its own."""
+    counted: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        real = getattr(os, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counted[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, counting)
+
+    for name in ("stat", "lstat", "open", "fstat", "fsync", "pread", "pwrite", "close", "access", "listdir", "unlink"):
+        count(name)
+    return counted
+
+
+def test_an_opening_takes_so_many_statements_and_calls(tmp_path: Path, trace: Trace, calls: Counter[str]) -> None:
+    """Opening a job again that this process had before, and closing it: no statement and no call more than these."""
+    root = DirectoryRoot(tmp_path)
+    store = root.open("job", StoreOptions())
+    store.apply(puts(ONE_CATEGORY, KEYS), NOW_MS)
+    store.close()
+    calls.clear()
+    with trace.counting():
+        store = root.open("job", StoreOptions())
+    opening = dict(calls)
+    calls.clear()
+    try:
+        kinds = Counter(name.upper() for name in trace.statements.elements())
+        assert kinds["SELECT"] == OPENING["SELECT"]  # or the trace has seen nothing
+        assert kinds <= Counter(OPENING), dict(trace.statements)
+        if apsw.sqlite_lib_version() == MEASURED_WITH:
+            assert 0 < trace.steps <= OPENING_STEPS
+        assert opening["lstat"] > 0  # or nothing was counted
+        assert Counter(opening) <= Counter(OPENING_CALLS), opening
+        trace.statements.clear()
+    finally:
+        with trace.counting():
+            store.close()
+    assert not trace.statements
+    assert calls <= Counter(CLOSING_CALLS), dict(calls)
+
+
 def applying_bytes(place: Path, group: Group) -> int:
     """Return the peak of what Python allocates while a store applies a group, when all caches are warm."""
     store = DirectoryRoot(place).open("job", StoreOptions())

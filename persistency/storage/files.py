@@ -19,6 +19,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 import weakref
 from pathlib import Path
@@ -33,6 +34,11 @@ from persistency.storage.openings import undisturbed
 LOG = "-wal"
 SIDECARS = (LOG, "-shm", "-journal")
 _RECORD_BYTES_MAX = 128
+_NUMBER = rb"(?P<%b>0|[1-9][0-9]*)"  # as it is written
+_WRITTEN = re.compile(
+    b"(?P<covered>%b\nversion %b\n(?:used_ms %b\n)?(?:expires_ms %b\n)?)crc %b"
+    % tuple(_NUMBER % name for name in (b"pid", b"version", b"used_ms", b"expires_ms", b"crc"))
+)
 _TICK_NS = 100_000_000
 
 
@@ -202,7 +208,7 @@ class Watch:
 def identity(path: str | Path) -> tuple[int, int] | None:
     """Return what tells a file from others that may get its name, or `None` if there is none."""
     try:
-        found = os.stat(path, follow_symlinks=False)
+        found = os.lstat(path)
     except OSError:
         return None
     return found.st_dev, found.st_ino
@@ -235,21 +241,25 @@ def read_record(lock: Path) -> Record:
 
 
 def _parse(data: bytes) -> Record:
-    first, *lines = data.strip(b" \0").split(b"\n")
-    values = {"pid": first}
-    for line in lines:
-        name, _, value = line.partition(b" ")
-        values[name.decode("ascii", "replace")] = value
-    numbers = {name: int(values[name]) for name in Record._fields if values.get(name, b"").isdigit()}
-    found = Record(**numbers)
+    data = data.lstrip(b" \0").rstrip(b" \0\n")
+    whole = _WRITTEN.fullmatch(data)
+    if whole is not None and int(whole["crc"]) == crc32(data[: whole.end("covered")]):
+        pid, version, *times = whole.group("pid", "version", "used_ms", "expires_ms")
+        return Record(int(pid), int(version), *(None if ms is None else int(ms) for ms in times))
     # What was torn, or damaged, must not be taken for a loss: only who has the job may be read from it.
-    return found if _written(found).strip() == data.strip(b" \0\n") else Record(found.pid)
+    pid = data.partition(b"\n")[0]
+    return Record(int(pid) if pid.isdigit() else None)
 
 
 def _written(record: Record) -> bytes:
-    lines = [f"{name} {value}\n" for name, value in record._asdict().items() if value is not None]
+    pid, version, used_ms, expires_ms = record
     # The process id stands alone in the first line, for whoever looks with other tools.
-    data = "".join(lines).removeprefix("pid ").encode()
+    text = f"{pid}\nversion {version}\n"
+    if used_ms is not None:
+        text += f"used_ms {used_ms}\n"
+    if expires_ms is not None:
+        text += f"expires_ms {expires_ms}\n"
+    data = text.encode()
     return (data + b"crc %d\n" % crc32(data)).ljust(_RECORD_BYTES_MAX)
 
 
@@ -260,7 +270,7 @@ class Claim:
     """
 
     def __init__(self, database: Path) -> None:
-        self.path: Path = database.with_suffix(".lock")
+        self._name = str(database).removesuffix(".db") + ".lock"
         self.record: Record = Record()
         self._handle = -1
         _claims.add(self)
@@ -270,6 +280,11 @@ class Claim:
         except BaseException:  # thrown in here from outside, too: a lock that nobody knows of is never given back
             self.release()
             raise
+
+    @property
+    def path(self) -> Path:
+        """The file that is locked."""
+        return Path(self._name)
 
     def note(self, version: int, used_ms: int, expires_ms: int | None) -> None:
         """Write down what was on the medium, and when. A full disk is no reason to fail: it is a note."""
@@ -281,28 +296,29 @@ class Claim:
 
     def _take(self) -> bool:
         """Lock the file; return whether it is still the one of that name when that is done."""
-        check_regular(self.path)
+        _regular_size(self._name)
         try:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._handle = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise Unavailable(f"can't open the lock file {str(self.path)!r}: {error}") from error
+            raise Unavailable(f"can't open the lock file {self._name!r}: {error}") from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found = os.fstat(self._handle)
             if self._is_named(found):
                 if found.st_mode & 0o7777 != 0o600:  # to set it again would write
                     os.fchmod(self._handle, 0o600)
-                self.record = _parse(os.pread(self._handle, _RECORD_BYTES_MAX, 0))
-                with contextlib.suppress(OSError):  # a full disk
-                    os.pwrite(self._handle, _written(self.record._replace(pid=os.getpid())), 0)
+                self.record = record = _parse(os.pread(self._handle, _RECORD_BYTES_MAX, 0))
+                if record.pid != (pid := os.getpid()) or record.used_ms is None:  # else it says already what it is to
+                    with contextlib.suppress(OSError):  # a full disk
+                        os.pwrite(self._handle, _written(record._replace(pid=pid)), 0)
                 return True
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise Unavailable(f"can't lock {str(self.path)!r}: {error}") from error
+                raise Unavailable(f"can't lock {self._name!r}: {error}") from error
             owner = read_record(self.path).pid
             name = f"process {owner}" if owner else "another process"
             job_id = job_id_of(self.path.with_suffix(".db").name)
-            raise JobLocked(f"job {job_id!r} is owned by {name} (its lock: {str(self.path)!r})", owner) from None
+            raise JobLocked(f"job {job_id!r} is owned by {name} (its lock: {self._name!r})", owner) from None
         # Whoever dropped the job has unlinked the file we opened: the name now means another one.
         handle, self._handle = self._handle, -1
         os.close(handle)
@@ -310,7 +326,7 @@ class Claim:
 
     def _is_named(self, found: os.stat_result) -> bool:
         try:
-            return os.path.samestat(found, os.stat(self.path, follow_symlinks=False))
+            return os.path.samestat(found, os.lstat(self._name))
         except FileNotFoundError:
             return False
 

@@ -126,17 +126,23 @@ class Folding:
 
         Raises `Corrupt` if it isn't there any more: what was committed is lost.
         """
-        with contextlib.ExitStack() as last:
-            last.callback(self._claim.release)
-            last.callback(self._watch.close)
-            last.callback(schema.close, self._connection)
+        # An `ExitStack` for the three below took a tenth of a whole closing.
+        try:
             if tidy:
                 self._table.now_ms = max(self._table.now_ms, now_ms)
                 self.settle()
                 self._watch.check(thorough=True)
-                return
-            with contextlib.suppress(apsw.Error):
-                self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            else:
+                with contextlib.suppress(apsw.Error):
+                    self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        finally:
+            try:
+                schema.close(self._connection)
+            finally:
+                try:
+                    self._watch.close()
+                finally:
+                    self._claim.release()
 
     def disown(self, *, quiet: bool) -> None:
         """In a forked child: close the connection without touching the file, or have it refuse everything.

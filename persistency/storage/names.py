@@ -16,7 +16,8 @@ from persistency.errors import Misuse
 
 FILE_NAME_BYTES_MAX = 200
 
-_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
+_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-.")
+_WRITTEN = {byte: chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in range(256)}
 _ESCAPED = re.compile(rb"%([0-9A-F]{2})")
 _RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in "0123456789")]
@@ -36,11 +37,11 @@ def file_name(job_id: str) -> str:
         data = job_id.encode()
     except UnicodeEncodeError as error:
         raise Misuse(f"job_id {job_id!r} holds a lone surrogate: pass text that can be written as UTF-8") from error
-    last = len(data) - 1
-    name = "".join(
-        chr(byte) if byte in _PLAIN or (byte == 0x2E and 0 < place < last) else f"%{byte:02X}"
-        for place, byte in enumerate(data)
-    )
+    name = data.decode("latin-1").translate(_WRITTEN)
+    if name[0] == ".":
+        name = "%2E" + name[1:]
+    if name[-1] == ".":
+        name = name[:-1] + "%2E"
     if name.partition(".")[0] in _RESERVED:
         name = f"%{data[0]:02X}{name[1:]}"
     if len(name) + 3 > FILE_NAME_BYTES_MAX:

@@ -81,7 +81,7 @@ class SqliteStore(Folding):
         self._log = WriteAheadLog(connection, str(path))
         try:
             # What was found to have ended, or counted so, stays so.
-            latest_ms = max(stored.get(name, 0) for name in (LATEST_MS, USED_MS))
+            latest_ms = max(stored.get(LATEST_MS, 0), stored.get(USED_MS, 0))
             if latest_ms > schema.TIME_MS_MAX:
                 raise Corrupt(f"the file's time, {latest_ms}, is beyond any clock's", hint="Restore it from a backup.")
             self._table = Table(connection, stored["last_version"], latest_ms)

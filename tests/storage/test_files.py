@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 from hypothesis import given
@@ -478,6 +479,50 @@ def test_a_lock_file_left_behind_is_no_lock(tmp_path: Path) -> None:
     claim = files.Claim(tmp_path / "a.db")
     assert (tmp_path / "a.lock").read_text().splitlines()[0] == str(os.getpid())
     claim.release()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "{pid}\n",
+        "{pid}\nversion 7\ncrc 1\n",
+        "{pid}\nversion 7\nused_ms 1\ncrc 99\n",
+        "0{pid}\nversion 7\nused_ms 1\n{crc}",
+        "{pid}\nversion 07\nused_ms 1\n{crc}",
+        "{pid}\nversion 7\nused_ms 1\nmore 1\n{crc}",
+        "{pid}\nused_ms 1\nversion 7\n{crc}",
+        "{pid}\nversion 7\nused_ms -1\n{crc}",
+        "{pid}\nused_ms 1\n{crc}",
+        "{pid}\nversion 7 \nused_ms 1\n{crc}",
+        "{pid}\nversion 7\nused_ms 1\n{crc}x",
+    ],
+)
+def test_a_record_that_isnt_whole_says_who_had_the_job_and_no_more(lines: str, tmp_path: Path) -> None:
+    """Also one whose sum is right: what isn't as it is written is believed nothing of, and written anew."""
+    body = lines.format(pid=os.getpid(), crc="")
+    lock = tmp_path / "a.lock"
+    lock.write_bytes(lines.format(pid=os.getpid(), crc=f"crc {crc32(body.rstrip('x').encode())}\n").encode())
+    assert files.read_record(lock) == files.Record(os.getpid())
+    files.Claim(tmp_path / "a.db").release()
+    assert lock.read_bytes().split()[:3] == [b"%d" % os.getpid(), b"version", b"0"]
+    assert lock.stat().st_size == 128
+
+
+def test_a_record_is_written_where_another_process_had_the_job(tmp_path: Path) -> None:
+    """As soon as the job is claimed, its lock file says by whom, and what it said of the job is still there."""
+    lock = tmp_path / "a.lock"
+    for pid in (os.getpid(), os.getpid() + 1, 1):
+        claim = files.Claim(tmp_path / "a.db")
+        claim.note(7, 1_000, 2_000)
+        claim.release()
+        text = lock.read_bytes()
+        body = b"%d\n" % pid + text.partition(b"\n")[2].partition(b"crc ")[0]
+        lock.write_bytes((body + b"crc %d\n" % crc32(body)).ljust(128))
+        assert files.read_record(lock) == files.Record(pid, 7, 1_000, 2_000)
+        claim = files.Claim(tmp_path / "a.db")
+        assert claim.record == files.Record(pid, 7, 1_000, 2_000)
+        assert files.read_record(lock) == files.Record(os.getpid(), 7, 1_000, 2_000)
+        claim.release()
 
 
 def test_a_lock_file_dropped_under_the_claim_is_not_owned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
