@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from persistency import Job, Persistency, Put
+from persistency import Delete, Job, Persistency, Put
 from persistency.errors import Corrupt, LeaseLost, Poisoned, Unavailable, WriteFailed
-from persistency.storage.port import StoreOptions
+from persistency.storage.port import Durability, StoreOptions
 from persistency.storage.postgres import session as session_module
 from persistency.storage.postgres import store as store_module
 from persistency.storage.postgres.address import parsed
@@ -368,6 +368,37 @@ def test_a_silent_server_is_given_up_though_another_host_answers(monkeypatch: py
         finally:
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("durability", "batch"), [("power", False), ("power", True), ("process", True)])
+def test_what_was_found_done_is_answered_once_the_copy_has_it(durability: Durability, batch: bool) -> None:
+    """A server that went down while a commit waited for its copy comes back with that commit; the copy hasn't got it."""
+    receiving = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walreceiver'"
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    with _server() as server, server.standby() as standby, Persistency(url_of(server, standby)) as persistency:
+        job = persistency.open_job("j", durability=durability, stall_timeout=WAIT)
+        job.commit(Put("c", (0,), b"0")).result(WAIT)
+        stopped = [pid for (pid,) in standby.sql(receiving)]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            if batch:
+                job.persist([Put("c", (1,), b"1"), Delete("c", (0,))])
+            else:
+                job.put("c", (1,), b"1")
+            flushed = job.flush(sync=durability == "process")
+            until(lambda: server.sql(waiting), "the commit waits for the copy")
+            server.restart(immediate=True)
+            until(lambda: flushed.done() or server.sql(waiting), "the commit is answered, or waited for again")
+            assert not flushed.done()
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        flushed.result(WAIT)
+        server.stop(immediate=True)
+        standby.promote()
+        assert job.get("c", (1,)).result(WAIT) == b"1"
+        assert job.version().result(WAIT) == (3 if batch else 2)
 
 
 def _refused_by_libpq(monkeypatch: pytest.MonkeyPatch, refusals: list[int]) -> None:

@@ -99,9 +99,10 @@ class Standing:
     # -- commits ---------------------------------------------------------------------------------------------------
 
     def already(self, group: Group) -> list[Any] | None:
-        """Return what a group answers that turned out to be committed; `None` if that is another, or none."""
-        done, self._done = self._done, None
-        return done.outcomes if done is not None and done.group is group else None
+        """Return what a group answers that turned out to be committed, each time it is asked; `None` for any other."""
+        if self._done is not None and self._done.group is not group:
+            self._done = None
+        return None if self._done is None else self._done.outcomes
 
     def begin(self, attempt: Attempt) -> int:
         """Note down what is about to be committed; return its number."""

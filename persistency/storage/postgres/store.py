@@ -46,6 +46,7 @@ KEY_BYTES_SAFE = 1_000  # no index refuses a key so short
 
 _READS = READS | {Barrier}
 _NOTHING: frozenset[Place] = frozenset()
+_SYNC: Group = [None, Barrier(sync=True), None]
 
 
 class Found(NamedTuple):
@@ -280,14 +281,14 @@ class PostgresStore:
                 puts, refused = None, refused | more
 
     def _run(self, session: Session, group: Group, puts: Puts | None, refused: frozenset[Place]) -> list[Any]:
+        syncs = self._syncs or (puts is None and _wants_sync(group))
+        session.set_syncs(syncs)
         already = self._standing.already(group)
         if already is not None:
+            if syncs:  # the server has it, a copy perhaps not: who ended the wait for that made it be seen all the same
+                self._transaction(session, _SYNC, _NOTHING)  # which waits for all that was committed before
             return already
-        if puts is not None:
-            session.set_syncs(self._syncs)
-            return self._put(session, group, puts)
-        session.set_syncs(self._syncs or _wants_sync(group))
-        return self._transaction(session, group, refused)
+        return self._transaction(session, group, refused) if puts is None else self._put(session, group, puts)
 
     def _put(self, session: Session, group: Group, puts: Puts) -> list[Any]:
         """Run a group of puts in one statement."""
