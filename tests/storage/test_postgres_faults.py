@@ -372,7 +372,7 @@ def test_a_silent_server_is_given_up_though_another_host_answers(monkeypatch: py
 
 @pytest.mark.parametrize(("durability", "batch"), [("power", False), ("power", True), ("process", True)])
 def test_what_was_found_done_is_answered_once_the_copy_has_it(durability: Durability, batch: bool) -> None:
-    """A server that went down while a commit waited for its copy comes back with that commit; the copy hasn't got it."""
+    """A server that went down while a commit waited for its copy comes back with it; the copy lacks it."""
     receiving = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walreceiver'"
     waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
     with _server() as server, server.standby() as standby, Persistency(url_of(server, standby)) as persistency:
