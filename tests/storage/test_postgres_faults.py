@@ -370,18 +370,30 @@ def test_a_silent_server_is_given_up_though_another_host_answers(monkeypatch: py
                 os.kill(pid, signal.SIGCONT)
 
 
+RECEIVING = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walreceiver'"
+
+
+@contextlib.contextmanager
+def _held(standby: Server) -> Iterator[None]:
+    """Hold what receives a server's log for its copy."""
+    stopped = [pid for (pid,) in standby.sql(RECEIVING)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+
+
 @pytest.mark.parametrize(("durability", "batch"), [("power", False), ("power", True), ("process", True)])
 def test_what_was_found_done_is_answered_once_the_copy_has_it(durability: Durability, batch: bool) -> None:
     """A server that went down while a commit waited for its copy comes back with it; the copy lacks it."""
-    receiving = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walreceiver'"
     waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
     with _server() as server, server.standby() as standby, Persistency(url_of(server, standby)) as persistency:
         job = persistency.open_job("j", durability=durability, stall_timeout=WAIT)
         job.commit(Put("c", (0,), b"0")).result(WAIT)
-        stopped = [pid for (pid,) in standby.sql(receiving)]
-        for pid in stopped:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with _held(standby):
             if batch:
                 job.persist([Put("c", (1,), b"1"), Delete("c", (0,))])
             else:
@@ -391,9 +403,6 @@ def test_what_was_found_done_is_answered_once_the_copy_has_it(durability: Durabi
             server.restart(immediate=True)
             until(lambda: flushed.done() or server.sql(waiting), "the commit is answered, or waited for again")
             assert not flushed.done()
-        finally:
-            for pid in stopped:
-                os.kill(pid, signal.SIGCONT)
         flushed.result(WAIT)
         server.stop(immediate=True)
         standby.promote()
