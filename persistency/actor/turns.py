@@ -183,7 +183,7 @@ class Turns:
             except OutcomeUnknown as error:
                 raise Harm(error.__cause__ or error, "unknown") from error
             except (Corrupt, LeaseLost) as error:
-                raise Harm(error) from error
+                raise Harm(error, "unknown" if self._doubtful else "not applied") from error
             except StorageError as error:
                 if not deadline:
                     deadline = monotonic() + self._stall_timeout

@@ -99,10 +99,12 @@ class Standing:
     # -- commits ---------------------------------------------------------------------------------------------------
 
     def already(self, group: Group) -> list[Any] | None:
-        """Return what a group answers that turned out to be committed, each time it is asked; `None` for any other."""
-        if self._done is not None and self._done.group is not group:
-            self._done = None
-        return None if self._done is None else self._done.outcomes
+        """Return what a group answers that turned out to be committed, until forgotten; `None` for any other."""
+        return self._done.outcomes if self._done is not None and self._done.group is group else None
+
+    def forget(self) -> None:
+        """Let go of a group that is about to be answered."""
+        self._done = None
 
     def begin(self, attempt: Attempt) -> int:
         """Note down what is about to be committed; return its number."""

@@ -271,7 +271,9 @@ class PostgresStore:
         while True:
             self._too_long = {}
             try:
-                return self._turn(partial(self._run, group=group, puts=puts, refused=refused))
+                outcomes = self._turn(partial(self._run, group=group, puts=puts, refused=refused))
+                self._standing.forget()
+                return outcomes
             except StorageError as error:
                 if not self._too_long:
                     raise
