@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 from fakes import WAIT, Actor, HeldStore
 
-from persistency.errors import Closed, Conflict, Corrupt, DiskFull, Failure, Poisoned, StorageError, WriteFailed
+from persistency.errors import (
+    Closed,
+    Conflict,
+    Corrupt,
+    DiskFull,
+    Failure,
+    LeaseLost,
+    Poisoned,
+    StorageError,
+    WriteFailed,
+)
 from persistency.ops import Check, Delete, Put
 from persistency.storage.port import Barrier, Batch, DropRow, Expect, GetRow, OutcomeUnknown
 from tests.loops import InLoop
@@ -272,6 +282,24 @@ def test_a_commit_nobody_knows_of_poisons_at_once() -> None:
         with pytest.raises(WriteFailed) as caught:
             actor.worker.close().result(WAIT)
         assert [failure.outcome for failure in caught.value.failures] == ["unknown", "not applied"]
+
+
+@pytest.mark.parametrize(
+    "end", [Corrupt("damaged", 11), LeaseLost("taken over")], ids=lambda error: type(error).__name__
+)
+@pytest.mark.parametrize(("at_commit", "outcome"), [(True, "unknown"), (False, "not applied")])
+def test_what_ends_a_stall_leaves_a_doubtful_commit_unknown(end: Exception, at_commit: bool, outcome: str) -> None:
+    """Promise 3: a group whose COMMIT failed first, and which is never tried again, may be there."""
+    with Actor() as actor:
+        actor.hold()
+        failed = StorageError("the connection was lost")
+        failed.at_commit = at_commit
+        actor.store.errors += [failed, end]
+        actor.put(b"behind")
+        actor.let_go()
+        with pytest.raises(WriteFailed) as caught:
+            actor.worker.close().result(WAIT)
+        assert [failure.outcome for failure in caught.value.failures] == [outcome, "not applied"]
 
 
 @pytest.mark.parametrize("error", [Corrupt("damaged", 11), SystemExit("no"), KeyboardInterrupt(), ValueError("defect")])

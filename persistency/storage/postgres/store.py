@@ -287,8 +287,10 @@ class PostgresStore:
         session.set_syncs(syncs)
         already = self._standing.already(group)
         if already is not None:
-            if syncs:  # the server has it, a copy perhaps not: who ended the wait for that made it be seen all the same
-                self._transaction(session, _SYNC, _NOTHING)  # which waits for all that was committed before
+            # A server that went down while this waited for its copy comes back with it, and the copy may lack it.
+            # Whoever commits once more waits for all that was committed before.
+            if syncs:
+                self._transaction(session, _SYNC, _NOTHING)
             return already
         return self._transaction(session, group, refused) if puts is None else self._put(session, group, puts)
 
