@@ -175,6 +175,7 @@ FLOORS = [
     "storage.strangers",
     "storage.schema",
     "storage.inherited",
+    "storage.pagecache",
     "storage.memory",
     "storage.memory_rows",
     "storage.files",

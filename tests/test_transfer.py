@@ -43,6 +43,7 @@ from persistency import (
     key,
     transfer,
 )
+from persistency.actor.mailbox import Mailbox
 from persistency.codec.stream import Items
 from persistency.codec.values import encode
 from persistency.storage.port import ListRows, StoredRow
@@ -756,13 +757,13 @@ def test_a_full_mailbox_is_waited_for(persistency: Persistency, verb: str, monke
     line = [job.version(), job.version()]
     with pytest.raises(Overloaded):
         job.version()
-    drain = job._mailbox.drain
+    drain = Mailbox.drain
 
-    def drained() -> Any:
+    def drained(mailbox: Mailbox) -> Any:
         waits.set()
-        return drain()
+        return drain(mailbox)
 
-    monkeypatch.setattr(job._mailbox, "drain", drained)
+    monkeypatch.setattr(Mailbox, "drain", drained)
     pending = getattr(job, verb)(io.BytesIO(stream))
     assert waits.wait(WAIT)
     assert not pending.done()

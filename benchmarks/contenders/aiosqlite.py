@@ -17,6 +17,7 @@ import aiosqlite
 
 from benchmarks.contenders.awaited import put_in_turn
 from benchmarks.contenders.tables import (
+    CACHE_KIB,
     CATEGORY_BYTES,
     CHECKPOINT_COMMIT_PAGES,
     FILE_NAME,
@@ -43,6 +44,7 @@ class Awaited:
         # SQLite's documented choice for this durability; without WAL every commit would wait for the medium.
         await connection.execute("PRAGMA journal_mode = wal")
         await connection.execute("PRAGMA synchronous = normal")
+        await connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         # As with all others whose commits are of one row, or of a few: fewer checkpoints than SQLite's default.
         await connection.execute_fetchall(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_COMMIT_PAGES}")
         if fresh:

@@ -22,6 +22,7 @@ from benchmarks.contenders.files import Files, LimitedFiles
 from benchmarks.contenders.groups import GROUP_ROWS, groups, sorted_groups
 from benchmarks.contenders.tables import (
     ALL,
+    CACHE_KIB,
     CATEGORY_BYTES,
     FILE_NAME,
     GET,
@@ -72,6 +73,7 @@ class Bare:
         self._connection.pragma("journal_mode", "wal")
         self._connection.pragma("synchronous", "normal")
         self._connection.pragma("wal_autocheckpoint", 0)
+        self._connection.pragma("cache_size", -CACHE_KIB)
         if not self._connection.table_exists("main", "kv"):
             self._connection.execute(SCHEMA)
         self._wal_pages = 0

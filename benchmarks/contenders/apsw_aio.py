@@ -21,6 +21,7 @@ import apsw.aio
 from benchmarks.contenders.awaited import put_in_turn
 from benchmarks.contenders.groups import groups, sorted_groups
 from benchmarks.contenders.tables import (
+    CACHE_KIB,
     CATEGORY_BYTES,
     CHECKPOINT_COMMIT_PAGES,
     CHECKPOINT_PAGES,
@@ -55,6 +56,7 @@ class Awaited:
         await connection.pragma("journal_mode", "wal")
         await connection.pragma("synchronous", "normal")
         await connection.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
+        await connection.pragma("cache_size", -CACHE_KIB)
         await connection.execute(SCHEMA)
         return connection
 

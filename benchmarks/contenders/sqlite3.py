@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.contenders.groups import groups, sorted_groups
 from benchmarks.contenders.tables import (
+    CACHE_KIB,
     CATEGORY_BYTES,
     CHECKPOINT_COMMIT_PAGES,
     CHECKPOINT_PAGES,
@@ -40,6 +41,7 @@ class Standard:
         # doesn't wait for the medium.
         self._connection.execute("PRAGMA journal_mode = wal")
         self._connection.execute("PRAGMA synchronous = normal")
+        self._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         self.checkpoint_at(CHECKPOINT_PAGES)
         self._connection.executescript(SCHEMA)
         self.cursor = self._connection.cursor()

@@ -24,6 +24,11 @@ Refusal = Callable[[], PersistencyError]
 class Door(Sleeper):
     """The door of one mailbox, and who has its turn."""
 
+    __slots__ = (
+        "_closed", "_ending", "_holder", "_holder_thread", "_open_ops", "_refusal", "abandoned", "get_in_place",
+        "inside", "prefetch", "read_in_place", "worker_thread", "write_in_place",
+    )  # fmt: skip
+
     def __init__(self) -> None:
         super().__init__()
         self.worker_thread: int | None = None

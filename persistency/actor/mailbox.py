@@ -38,9 +38,15 @@ _new_reply = Reply.__new__
 class Mailbox(Door):
     """The line in front of one job's worker."""
 
+    __slots__ = (
+        "_attendant", "_bytes", "_bytes_max", "_drained", "_generation", "_inline", "_late", "_lone", "_low",
+        "_messages", "_ops", "_queue", "_requests", "_taken", "_turn_free", "_withdrawn", "asked", "bounds",
+        "in_hand", "never_waits",
+    )  # fmt: skip
+
     def __init__(self, bounds: Bounds) -> None:
         super().__init__()
-        self.bounds = bounds
+        self.bounds: Bounds = bounds
         self.never_waits: set[int] = set()  # threads that must not wait for room here
         # Guarded by the lock: the line,
         self._messages: Group = []
@@ -87,13 +93,12 @@ class Mailbox(Door):
 
     def get(self, category: bytes, key: bytes) -> Reply[bytes | None]:
         """Answer a point read: in place if nothing is waiting and the turn is free, else through the line."""
-        if not self._messages and self.get_in_place is not None and (self._inline or running_loop() is None):
+        if self.get_in_place is not None and (self._inline or running_loop() is None):
             reply = _new_reply(Reply)
             try:
                 with self._lock:
                     get = self.get_in_place
-                    free = self._holder is None and not self._rung and not self._late
-                    if free and get is not None and not self._messages:
+                    if get is not None and self._holder is None and not (self._messages or self._rung or self._late):
                         self._holder_thread = get_ident()
                         self._holder = reply
                 if self._holder is reply and get is not None:  # then as `ready` does, without a call

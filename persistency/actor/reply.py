@@ -129,10 +129,11 @@ class Reply(Future[T]):
         `timeout` is in seconds. Raises `TimeoutError` when it is over (the request goes on), `CancelledError` if the
         request was cancelled, and `Misuse` where waiting could never end: inside the job's own `run`.
         """
-        if self._state == PENDING:
-            self._wait(timeout)
-        if self._state == CANCELLED:
-            raise CancelledError
+        if self._state != FINISHED:
+            if self._state == PENDING:
+                self._wait(timeout)
+            if self._state == CANCELLED:
+                raise CancelledError
         if self._exception is None:
             return self._result  # type: ignore[no-any-return]  # Any, by construction a T
         self._look()

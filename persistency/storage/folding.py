@@ -21,6 +21,7 @@ from persistency.errors import Corrupt, PersistencyError, StorageError
 from persistency.logfields import about
 from persistency.storage import schema
 from persistency.storage.files import Claim, Watch
+from persistency.storage.pagecache import PageCache
 from persistency.storage.port import Barrier, Group, OutcomeUnknown, StoreOptions
 from persistency.storage.table import LATEST_MS, Table
 from persistency.storage.wal import WriteAheadLog
@@ -41,6 +42,7 @@ class Folding:
     _log: WriteAheadLog
     _watch: Watch
     _claim: Claim
+    _cache: PageCache
     _clean: bool
 
     def apply(self, group: Group, now_ms: int) -> list[Any]:
@@ -84,7 +86,10 @@ class Folding:
 
     def fold(self) -> bool:
         """Carry the whole log over and cut it off, if no other process is reading from it; return whether it was."""
-        return self._checkpointed(self._log.cut_off)
+        done = self._checkpointed(self._log.cut_off)
+        with contextlib.suppress(apsw.Error):  # then at the next one
+            self._cache.give_back()  # nobody has written for a while, and who reads on takes it again
+        return done
 
     def _checkpointed(self, checkpoint: Callable[[], T]) -> T:
         self._end_read()
@@ -137,6 +142,7 @@ class Folding:
                     self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         finally:
             try:
+                self._cache.close()
                 schema.close(self._connection)
             finally:
                 try:
@@ -151,6 +157,7 @@ class Folding:
         connection to the file. It writes nothing. In the middle of a transaction there is no such way.
         """
         self._watch.close()
+        self._cache.close()
         with contextlib.suppress(apsw.Error):  # another thread of the parent may have been in the middle of it
             self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             if quiet:

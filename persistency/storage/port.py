@@ -265,6 +265,15 @@ class Settling(Protocol):
 
 
 @runtime_checkable
+class PointReading(Protocol):
+    """A store with a short way for the read that is asked most, where `reads_in_place` is true."""
+
+    def point_read(self, now_ms: Callable[[], int]) -> Callable[[bytes, bytes], bytes | None]:
+        """Return what `get` does, as a function that asks `now_ms` for the time itself: only for a row that ends."""
+        raise NotImplementedError
+
+
+@runtime_checkable
 class Prefetching(Protocol):
     """A store whose reads take long, and can be begun before their turn has come."""
 

@@ -28,6 +28,7 @@ from persistency.storage.beside import keep_beside
 from persistency.storage.files import Claim, Watch
 from persistency.storage.folding import Folding
 from persistency.storage.group import OWN_FAULTS, Groups, ReadFault, intent
+from persistency.storage.pagecache import PageCache
 from persistency.storage.port import (
     BackUp,
     Barrier,
@@ -79,6 +80,7 @@ class SqliteStore(Folding):
         self._connection = connection
         self._claim = claim
         self._log = WriteAheadLog(connection, str(path))
+        self._cache = PageCache(connection)
         try:
             # What was found to have ended, or counted so, stays so.
             latest_ms = max(stored.get(LATEST_MS, 0), stored.get(USED_MS, 0))
@@ -142,21 +144,30 @@ class SqliteStore(Folding):
 
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return the payload of a live row, or `None`."""
-        try:
-            if not self._connection.in_transaction:
-                self._execute("BEGIN")
-            # As `Table.get` does; a call would be a twentieth of the whole read.
-            row = self._execute(POINT, (category, key)).fetchone()
-        except apsw.Error as error:
-            raise self._read_failed(error) from error
-        if row is None or (row[1] is not None and self._has_ended(row[1], now_ms)):
-            return None
-        payload: bytes = row[0]
-        return payload
+        return self.point_read(lambda: now_ms)(category, key)
 
-    def _has_ended(self, expires_ms: int, now_ms: int) -> bool:
-        self._table.now_ms = now_ms  # what somebody was told has ended must have, whenever the job is opened again
-        return expires_ms <= now_ms
+    def point_read(self, now_ms: Callable[[], int]) -> Callable[[bytes, bytes], bytes | None]:
+        """Return a function for point reads; see the port. A call more would be a twentieth of the whole read."""
+        connection, execute, table = self._connection, self._execute, self._table
+
+        def get(category: bytes, key: bytes) -> bytes | None:
+            try:
+                if not connection.in_transaction:
+                    self._begin_read()
+                row = execute(POINT, (category, key)).fetchone()  # as `Table.get` does
+            except apsw.Error as error:
+                raise self._read_failed(error) from error
+            if row is None:
+                return None
+            payload: bytes
+            payload, expires_ms = row
+            if expires_ms is not None:
+                table.now_ms = now = now_ms()  # what somebody was told has ended must have, whenever it is opened again
+                if expires_ms <= now:
+                    return None
+            return payload
+
+        return get
 
     def scan(self, span: ScanRange, now_ms: int) -> list[tuple[bytes, bytes]]:
         """Return the live rows of a range."""
@@ -313,6 +324,8 @@ class SqliteStore(Folding):
 
     def _begin_read(self) -> None:
         if not self._connection.in_transaction:
+            if not self._cache.is_large:
+                self._cache.enlarge()
             self._execute("BEGIN")
 
     def _end_read(self) -> None:

@@ -48,6 +48,10 @@ class HeldStore(MemoryStore):
         super().close(tidy=tidy, now_ms=now_ms)
 
 
+class OpenMailbox(Mailbox):
+    """A mailbox whose methods a test may replace."""
+
+
 class Actor:
     """A mailbox and its worker over a held store."""
 
@@ -64,7 +68,7 @@ class Actor:
         **bounds: Any,
     ) -> None:
         self.store = HeldStore(options)
-        self.mailbox = Mailbox(Bounds(**bounds))
+        self.mailbox = OpenMailbox(Bounds(**bounds))
         self.failures = FailureLog("job", on_error, self.mailbox.never_waits)
         self.worker = Worker(
             "job",

@@ -54,6 +54,7 @@ from persistency import (
 from persistency.actor import turns, upkeep
 from persistency.codec.keys import as_key
 from persistency.storage import schema, sqlite
+from persistency.storage.pagecache import PageCache
 from persistency.storage.sqlite import SqliteStore
 from tests.conftest import Wall
 from tests.crash.running import PROJECT, command
@@ -302,6 +303,7 @@ def rig(*, hurried: bool = False) -> Iterator[None]:
             (turns, "RETRY_SECONDS_MIN", 0.002),
             (turns, "RETRY_SECONDS_MAX", 0.02),
             (schema, "connect", _connect_with_small_cache),
+            (PageCache, "enlarge", lambda _cache: None),
             (SqliteStore, "_on_commit", _commit_that_lies),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -55,6 +55,7 @@ from persistency import (
 from persistency import key as make_key
 from persistency.storage import sqlite
 from persistency.storage.directory import DirectoryRoot
+from persistency.storage.pagecache import PageCache
 from persistency.storage.port import Durability, StoreOptions
 from tests.crash.ledger import Finding
 
@@ -500,6 +501,7 @@ class Program:
 
             if self._plan.spills:
                 enter(patch.object(DirectoryRoot, "open", open_spilling))
+                enter(patch.object(PageCache, "enlarge", lambda _cache: None))
             self._open()
             try:
                 yield

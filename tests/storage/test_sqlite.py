@@ -15,6 +15,7 @@ import pytest
 from persistency.errors import Conflict, Corrupt, DiskFull, StorageError, Unavailable
 from persistency.storage import sqlite
 from persistency.storage.directory import DirectoryRoot
+from persistency.storage.pagecache import PageCache
 from persistency.storage.port import (
     Barrier,
     Checkpointing,
@@ -32,6 +33,7 @@ from persistency.storage.port import (
     ListCategories,
     OutcomeUnknown,
     ScanRange,
+    SetRow,
     StoredRow,
     StoreOptions,
 )
@@ -44,8 +46,9 @@ OPTIONS = StoreOptions()
 
 @pytest.fixture
 def store(root: DirectoryRoot) -> Iterator[SqliteStore]:
-    """An open job "alpha" of the root, after one group."""
+    """An open job "alpha" of the root, after one read and one group."""
     opened = root.open("alpha", OPTIONS)
+    opened.get(b"c", b"first", 1)  # the first read also takes room for what is read
     opened.apply(group(put(b"c", b"first", b"1")), 1)
     yield opened
     opened.close()
@@ -266,7 +269,14 @@ def check_reopened(root: DirectoryRoot, job_id: str, states: dict[int, Any]) -> 
     return version
 
 
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have caches stay as small as the test makes them."""
+    monkeypatch.setattr(PageCache, "enlarge", lambda _cache: None)
+
+
 @swallowed
+@pytest.mark.usefixtures("little")
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize(("operation", "code", "kind"), FAULTS)
 def test_every_fault_leaves_a_prefix(
@@ -720,6 +730,7 @@ def test_no_memory_at_commit_is_the_environments(store: SqliteStore) -> None:
 
 
 @swallowed
+@pytest.mark.usefixtures("little")
 def test_a_read_that_has_no_room_is_no_failed_read(root: DirectoryRoot, disk: FaultyDisk) -> None:
     """A read that must first write the group's own pages fails the group on a full disk, not itself."""
     messages = [*rows_of(70, b"b", 64), CountRange(b"c", b"", None), ScanRange(b"c", b"a00002", None, limit=3)]
@@ -1061,3 +1072,19 @@ def test_job_files_are_told_apart(root: DirectoryRoot, tmp_path: Path) -> None:
     assert [each.get(b"c", b"k", 1) for each in stores] == [b"0", b"1", b"2"]
     for each in stores:
         each.close()
+
+
+def test_a_point_read_asks_for_the_time_only_where_a_row_ends(store: SqliteStore) -> None:
+    """A row without an end is read without a clock; one that has one is held against what the clock says now."""
+    asked: list[int] = []
+
+    def now_ms() -> int:
+        asked.append(len(asked))
+        return 5 + len(asked)
+
+    read = store.point_read(now_ms)
+    store.apply(group(SetRow(b"c", b"ends", b"2", 7)), 1)
+    assert [read(b"c", b"first"), read(b"c", b"missing"), len(asked)] == [b"1", None, 0]
+    assert [read(b"c", b"ends"), read(b"c", b"ends")] == [b"2", None]
+    assert len(asked) == 2
+    assert store.status().latest_ms == 7  # what somebody was told has ended stays so
