@@ -36,20 +36,24 @@ class DirectoryRoot:
         self.directory: Path = directory
         self.name: str = str(directory)
         self._vfs = vfs
+        self._before = str(directory / "x")[:-1]  # what stands before a file's name: nothing, if that is "."
 
     def path(self, job_id: str) -> Path:
         """Return the file of a job, existing or not."""
-        return self.directory / file_name(job_id)
+        return Path(self._place(job_id))
+
+    def _place(self, job_id: str) -> str:
+        # An opening goes by text: to make a `Path`, and a text of it again, cost it as much as a statement.
+        return self._before + file_name(job_id)
 
     def open(self, job_id: str, options: StoreOptions) -> SqliteStore:
         """Open a job's file and take ownership of it."""
-        path = self.path(job_id)
-        files.make_root(self.directory)
-        claim = files.Claim(path)
+        path = self._place(job_id)
+        claim = self._own(path)
         try:
             there = files.clear_leftovers(path)
             if there.database is None:
-                self._adopt(job_id, path)
+                self._adopt(job_id)
                 there = files.clear_leftovers(path)
             connection, stored = self._connect(job_id, path, claim, options, there)
             try:
@@ -59,17 +63,27 @@ class DirectoryRoot:
                 raise
         except OSError as error:
             claim.release()
-            raise Unavailable(f"can't open {str(path)!r}: {error}") from error
+            raise Unavailable(f"can't open {path!r}: {error}") from error
         except BaseException:
             claim.release()
             raise
+
+    def _own(self, path: str) -> files.Claim:
+        """Take ownership of a job; without a root there is no place for its lock file, and the root is made."""
+        try:
+            return files.Claim(path)
+        except Unavailable as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        files.make_root(self.directory)
+        return files.Claim(path)
 
     def look_into(self, job_id: str, now_ms: int) -> SqliteReader:
         """Open a job's file for reading alone."""
         return SqliteReader(self.path(job_id), job_id, now_ms, self._vfs)
 
     def _connect(
-        self, job_id: str, path: Path, claim: files.Claim, options: StoreOptions, there: files.Sizes
+        self, job_id: str, path: str, claim: files.Claim, options: StoreOptions, there: files.Sizes
     ) -> tuple[apsw.Connection, dict[str, int]]:
         """Return a connection to the job's file, or to a fresh one, if the job has ended; and the file's numbers."""
         if not there.database:
@@ -104,7 +118,7 @@ class DirectoryRoot:
                 return connection, stored
             # What is to be deleted must be certain. A record that isn't there, or is damaged, contradicts nothing.
             if claim.record.used_ms is not None and claim.record.expires_ms != ends_ms:
-                raise Corrupt(f"{str(path)!r} says it has ended, but its lock file doesn't", hint="Drop the job.")
+                raise Corrupt(f"{path!r} says it has ended, but its lock file doesn't", hint="Drop the job.")
             schema.own_log(connection)
         except BaseException:
             schema.close(connection)
@@ -114,7 +128,7 @@ class DirectoryRoot:
         claim.note(0, options.now_ms, None)
         return self._connect(job_id, path, claim, options, files.Sizes(None, 0, 0))
 
-    def _adopt(self, job_id: str, path: Path) -> None:
+    def _adopt(self, job_id: str) -> None:
         """Take over a file of the Nim original, which was named by the id as it stands."""
         plain = self._original(job_id)
         if plain is None:
@@ -122,7 +136,7 @@ class DirectoryRoot:
         for beside in files.sidecars(plain):
             files.check_regular(beside)
         if files.check_regular(plain) and strangers.is_format_1(plain, self._vfs):
-            plain.rename(path)
+            plain.rename(self.path(job_id))
             files.sync_directory(self.directory)
 
     def _original(self, job_id: str) -> Path | None:
@@ -162,12 +176,11 @@ class DirectoryRoot:
         target = self.path(job_id)
         if not files.check_regular(path):  # before anything of the job's is touched
             raise Unavailable(f"{str(path)!r} isn't there", hint="Pass the path of a backup.")
-        files.make_root(self.directory)
-        claim = files.Claim(target)
+        claim = self._own(str(target))
         try:
             with contextlib.suppress(Corrupt):  # a log without its file: one more reason to restore
                 if files.clear_leftovers(target).database is None:
-                    self._adopt(job_id, target)  # else it would be taken for the job at the next opening
+                    self._adopt(job_id)  # else it would be taken for the job at the next opening
             known, was = claim.record, files.identity(target)
             claim.note(0, known.used_ms or 0, None)  # what was known is of what was there before
             try:
@@ -194,7 +207,7 @@ class DirectoryRoot:
         claim = files.Claim(path)
         try:
             if not there:
-                self._adopt(job_id, path)  # else it would be taken for the job at the next opening
+                self._adopt(job_id)  # else it would be taken for the job at the next opening
             for file in (path, *files.sidecars(path)):
                 files.check_regular(file)
             strangers.check_ours(path, job_id, self._vfs)

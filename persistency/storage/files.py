@@ -75,7 +75,7 @@ def make_root(path: Path) -> None:
         raise Unavailable(f"can't create the root {str(path)!r}: {error}") from error
 
 
-def sidecars(path: Path) -> list[Path]:
+def sidecars(path: str | Path) -> list[Path]:
     """Return the paths SQLite may use beside the database file."""
     text = str(path)  # several times as fast as `with_name`, and there are many to be looked at
     return [Path(text + suffix) for suffix in SIDECARS]
@@ -121,7 +121,7 @@ def size(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def look(path: Path) -> Sizes:
+def look(path: str | Path) -> Sizes:
     """Return what lies in a job's place. Raises what `check_regular` does, `Corrupt` for a log without its database."""
     name = str(path)
     log, _index, journal = (_regular_size(name + suffix) for suffix in SIDECARS)
@@ -135,7 +135,7 @@ def look(path: Path) -> Sizes:
     return Sizes(database, log or 0, journal or 0)
 
 
-def clear_leftovers(path: Path) -> Sizes:
+def clear_leftovers(path: str | Path) -> Sizes:
     """Look; without a database, clear away what SQLite would take for a part of a new one."""
     there = look(path)
     if there.database is not None:
@@ -145,7 +145,7 @@ def clear_leftovers(path: Path) -> Sizes:
     return Sizes(None, 0, 0)
 
 
-def prepare(path: Path) -> bool:
+def prepare(path: str | Path) -> bool:
     """Make sure the database file is there, ours alone to open, mode 0600. Returns whether it is a new one."""
     if (there := clear_leftovers(path).database) is not None:
         return there == 0
@@ -155,7 +155,7 @@ def prepare(path: Path) -> bool:
             os.fchmod(handle, 0o600)
         finally:
             os.close(handle)
-        sync_directory(path.parent)
+        sync_directory(Path(path).parent)
     except OSError as error:
         raise Unavailable(f"can't create {str(path)!r}: {error}") from error
     return True
@@ -173,8 +173,7 @@ def sync_directory(path: Path) -> None:
 class Watch:
     """Sees when a job's database or log is no longer what is found under its name."""
 
-    def __init__(self, database: Path) -> None:
-        name = str(database)
+    def __init__(self, name: str) -> None:
         self._folder = os.open(os.path.dirname(name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._found = {path: identity(path) for path in (name, name + LOG)}
         self._changed_ns = -1  # the directory's, when it was last looked through
@@ -269,7 +268,7 @@ class Claim:
     `record` is what the file said before.
     """
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: str | Path) -> None:
         self._name = str(database).removesuffix(".db") + ".lock"
         self.record: Record = Record()
         self._handle = -1
@@ -351,12 +350,13 @@ class Claim:
             os.close(handle)
 
 
-def remove(path: Path, *, lock: bool = True) -> list[Path]:
+def remove(path: str | Path, *, lock: bool = True) -> list[Path]:
     """Delete a job's files, without `lock` all but that; return those that were there. The caller owns the `Claim`.
 
     The database goes first: from then on the job is gone, whatever happens to the rest.
     """
     removed = []
+    path = Path(path)
     with undisturbed(path):
         for file in (path, *sidecars(path), *([path.with_suffix(".lock")] if lock else [])):
             try:

@@ -162,7 +162,7 @@ def translated(error: Exception, doing: str) -> StorageError:
 
 
 def connect(
-    path: Path,
+    path: str | Path,
     durability: Durability,
     vfs: str | None = None,
     begins: Callable[[], None] = lambda: None,
@@ -178,7 +178,7 @@ def connect(
     there = look(path) if there is None else there
     try:
         if there.journal:
-            _look_first(path, vfs)
+            _look_first(Path(path), vfs)
         connection = open_file(path, vfs, write=True)
     except (apsw.Error, UnicodeDecodeError) as error:
         raise translated(error, f"can't open {str(path)!r}") from error
@@ -203,7 +203,9 @@ def connect(
     return connection
 
 
-def open_file(path: Path, vfs: str | None = None, *, write: bool = False, immutable: bool = False) -> apsw.Connection:
+def open_file(
+    path: str | Path, vfs: str | None = None, *, write: bool = False, immutable: bool = False
+) -> apsw.Connection:
     """Open an existing file with all the defences on; nothing in it has been looked at yet.
 
     Without `write` to read it only; `immutable`: as it lies there, without locks, and without the log beside it.
@@ -211,7 +213,7 @@ def open_file(path: Path, vfs: str | None = None, *, write: bool = False, immuta
     inherited.check(name := str(path))
     flags = apsw.SQLITE_OPEN_NOFOLLOW | (apsw.SQLITE_OPEN_READWRITE if write else apsw.SQLITE_OPEN_READONLY)
     if immutable:
-        quoted = str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        quoted = str(Path(path).absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         name, flags = f"file://{quoted}?immutable=1", flags | apsw.SQLITE_OPEN_URI
     connection = apsw.Connection(name, flags=flags, vfs=vfs or _VFS, statementcachesize=64)
     inherited.note(connection, str(path))
@@ -280,7 +282,7 @@ def _defend(connection: apsw.Connection) -> None:
     connection.execute("PRAGMA cell_size_check = 1; PRAGMA mmap_size = 0").fetchall()
 
 
-def recognise(connection: apsw.Connection, path: Path) -> int:
+def recognise(connection: apsw.Connection, path: str | Path) -> int:
     """Return the file's format (0: an empty file), reading only. Raises `Corrupt` for one that isn't ours."""
     found = int(connection.pragma("user_version"))
     if found > FORMAT:
@@ -294,7 +296,7 @@ def recognise(connection: apsw.Connection, path: Path) -> int:
     ]
     optional = {("table", name) for name in _OPTIONAL if found == FORMAT}
     objects = {(kind, name) for kind, name, _ in definitions} - optional
-    if found == 0 and not definitions and size(path) != 1:  # SQLite takes a file of one byte for an empty one
+    if found == 0 and not definitions and size(Path(path)) != 1:  # SQLite takes a file of one byte for an empty one
         return 0
     strange = sorted(f"{kind} {name}" for kind, name in objects - _OBJECTS.get(found, set()))
     if found <= 0 or strange or objects != _OBJECTS[found] or not _as_defined(connection, found, definitions):
@@ -321,7 +323,7 @@ def _as_defined(connection: apsw.Connection, found: int, definitions: list[tuple
     return columns == tables and _WORDS.issuperset(chain(*words))
 
 
-def _set_up(connection: apsw.Connection, path: Path, durability: Durability) -> None:
+def _set_up(connection: apsw.Connection, path: str | Path, durability: Durability) -> None:
     if (mode := connection.pragma("journal_mode", "wal")) != "wal":
         raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
     connection.wal_autocheckpoint(0)  # it runs inside COMMIT and can make a committed write look failed
@@ -355,7 +357,7 @@ def read_job_id(connection: apsw.Connection, path: Path) -> object:
     return None if stored is None else stored[0]
 
 
-def write_job_id(connection: apsw.Connection, job_id: str, path: Path) -> None:
+def write_job_id(connection: apsw.Connection, job_id: str, path: str | Path) -> None:
     """Write the id into a new file."""
     try:
         connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
@@ -363,7 +365,7 @@ def write_job_id(connection: apsw.Connection, job_id: str, path: Path) -> None:
         raise translated(error, f"can't write the job id into {str(path)!r}") from error
 
 
-def check_job_id(stored: object, job_id: str, path: Path) -> None:
+def check_job_id(stored: object, job_id: str, path: str | Path) -> None:
     """Hold the id in a file, if it has one, against the one asked for."""
     if stored is not None and stored != job_id:
         raise Corrupt(

@@ -68,7 +68,7 @@ class SqliteStore(Folding):
         connection: apsw.Connection,
         stored: dict[str, int],
         options: StoreOptions,
-        path: Path,
+        path: str,
         claim: Claim,
         vfs: str | None = None,
         *,
@@ -79,7 +79,7 @@ class SqliteStore(Folding):
         self.expires_ms: int | None = stored.get(schema.ENDS)
         self._connection = connection
         self._claim = claim
-        self._log = WriteAheadLog(connection, str(path))
+        self._log = WriteAheadLog(connection, path)
         self._cache = PageCache(connection)
         try:
             # What was found to have ended, or counted so, stays so.
@@ -93,8 +93,8 @@ class SqliteStore(Folding):
         self._groups = Groups(connection, self._table)
         self._groups.learn(
             {
-                BackUp: lambda message: copying.back_up(path, message.target, vfs=vfs),
-                CheckUp: lambda _message: checking.check(path, vfs=vfs),
+                BackUp: lambda message: copying.back_up(Path(path), message.target, vfs=vfs),
+                CheckUp: lambda _message: checking.check(Path(path), vfs=vfs),
                 Extent: lambda _message: connection.pragma("page_count") * schema.PAGE_BYTES,
                 GiveBack: lambda message: copying.give_back(connection, message.pages),
             }
