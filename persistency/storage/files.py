@@ -19,7 +19,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import stat
 import weakref
 from pathlib import Path
@@ -34,11 +33,6 @@ from persistency.storage.openings import undisturbed
 LOG = "-wal"
 SIDECARS = (LOG, "-shm", "-journal")
 _RECORD_BYTES_MAX = 128
-_NUMBER = rb"(?P<%b>0|[1-9][0-9]*)"  # as it is written
-_WRITTEN = re.compile(
-    b"(?P<covered>%b\nversion %b\n(?:used_ms %b\n)?(?:expires_ms %b\n)?)crc %b"
-    % tuple(_NUMBER % name for name in (b"pid", b"version", b"used_ms", b"expires_ms", b"crc"))
-)
 _TICK_NS = 100_000_000
 
 
@@ -124,7 +118,7 @@ def size(path: Path) -> int | None:
 def look(path: str | Path) -> Sizes:
     """Return what lies in a job's place. Raises what `check_regular` does, `Corrupt` for a log without its database."""
     name = str(path)
-    log, _index, journal = (_regular_size(name + suffix) for suffix in SIDECARS)
+    log, _index, journal = [_regular_size(name + suffix) for suffix in SIDECARS]
     database = _regular_size(name)
     # SQLite would clear the log of an empty file away.
     if not database and log:
@@ -241,10 +235,12 @@ def read_record(lock: Path) -> Record:
 
 def _parse(data: bytes) -> Record:
     data = data.lstrip(b" \0").rstrip(b" \0\n")
-    whole = _WRITTEN.fullmatch(data)
-    if whole is not None and int(whole["crc"]) == crc32(data[: whole.end("covered")]):
-        pid, version, *times = whole.group("pid", "version", "used_ms", "expires_ms")
-        return Record(int(pid), int(version), *(None if ms is None else int(ms) for ms in times))
+    try:
+        record = Record(*map(int, data.split()[:-2:2]))
+    except (TypeError, ValueError):
+        record = Record()
+    if b"-" not in data and _written(record).rstrip() == data:  # to the letter, names and checksum too
+        return record
     # What was torn, or damaged, must not be taken for a loss: only who has the job may be read from it.
     pid = data.partition(b"\n")[0]
     return Record(int(pid) if pid.isdigit() else None)
