@@ -82,7 +82,12 @@ ENDS = "expires_ms"  # the job's own end
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
-_OWN = frozenset(text.strip() for text in (_KV + _REST + CHANGES).split(";") if "CREATE" in text)  # in a file it made
+# The definitions in a file that was made by these statements.
+_MADE = [
+    {(text.split()[1].lower(), text.split()[2], text.strip()) for text in statements.split(";") if "CREATE" in text}
+    for statements in (_KV + _REST, CHANGES)
+]
+_AS_MADE = (_MADE[0], _MADE[0] | _MADE[1])
 
 # Name, declared type, NOT NULL, place in the primary key; hidden columns count.
 _COLUMNS_1 = [("category", "BLOB", 1, 1), ("key", "BLOB", 1, 2), ("payload", "BLOB", 1, 0)]
@@ -287,13 +292,15 @@ def recognise(connection: apsw.Connection, path: str | Path) -> int:
     found = int(connection.pragma("user_version"))
     if found > FORMAT:
         raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
-    if connection.pragma("encoding") != "UTF-8":
-        raise Corrupt(f"{str(path)!r} isn't a job's file: its text is {connection.pragma('encoding')}")
+    if (encoding := connection.pragma("encoding")) != "UTF-8":
+        raise Corrupt(f"{str(path)!r} isn't a job's file: its text is {encoding}")
     definitions: list[tuple[Any, ...]] = [
         definition
         for definition in connection.execute("SELECT type, name, sql FROM sqlite_schema")
         if definition[:2] not in _OF_ANALYZE
     ]
+    if found == FORMAT and set(definitions) in _AS_MADE:
+        return found
     optional = {("table", name) for name in _OPTIONAL if found == FORMAT}
     objects = {(kind, name) for kind, name, _ in definitions} - optional
     if found == 0 and not definitions and size(Path(path)) != 1:  # SQLite takes a file of one byte for an empty one
@@ -310,8 +317,6 @@ def recognise(connection: apsw.Connection, path: str | Path) -> int:
 
 def _as_defined(connection: apsw.Connection, found: int, definitions: list[tuple[Any, ...]]) -> bool:
     """Return whether the tables of a file have a format's columns, and nothing else is in any definition."""
-    if found == FORMAT and _OWN.issuperset(sql for _, _, sql in definitions):
-        return True
     words = [re.findall(r"\w+|\S", str(sql).lower()) for _, _, sql in definitions]
     tables = _COLUMNS[found] | {name: _OPTIONAL[name] for _, name, _ in definitions if name in _OPTIONAL}
     columns = {
