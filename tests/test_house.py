@@ -173,6 +173,7 @@ FLOORS = [
     "storage.wal",
     "storage.looking",
     "storage.strangers",
+    "storage.meta",
     "storage.schema",
     "storage.inherited",
     "storage.pagecache",

@@ -28,7 +28,7 @@ import apsw
 
 from persistency.errors import Corrupt, DiskFull, Misuse, StorageError, Unavailable
 from persistency.logfields import about
-from persistency.storage import files, looking, schema, strangers
+from persistency.storage import files, looking, meta, schema, strangers
 from persistency.storage.openings import undisturbed
 from persistency.storage.quota import USED_MS
 from persistency.storage.table import LATEST_MS
@@ -176,7 +176,7 @@ def _take(source: Path, copy: Path, vfs: str | None) -> int:
         if not found:
             raise Corrupt(f"{str(source)!r} isn't a job's file: it is empty", hint="Take another backup.")
         if found == schema.FORMAT:
-            stored, _ = schema.read_meta(connection)
+            stored, _ = meta.read_meta(connection)
             if max(stored.get(name, 0) for name in (LATEST_MS, USED_MS)) > schema.TIME_MS_MAX:
                 raise Corrupt(f"the time in {str(source)!r} is beyond any clock's", hint="Take another backup.")
         for _ in _copied(connection, copy, vfs):

@@ -18,7 +18,7 @@ import apsw
 
 from persistency.errors import Corrupt, Misuse, Unavailable
 from persistency.logfields import about
-from persistency.storage import copying, files, schema, strangers
+from persistency.storage import copying, files, meta, schema, strangers
 from persistency.storage.names import file_name, job_id_of
 from persistency.storage.port import StoredJob, StoreOptions
 from persistency.storage.reading import SqliteReader
@@ -101,13 +101,13 @@ class DirectoryRoot:
             files.prepare(path)
         connection = schema.connect(path, options.durability, self._vfs, lambda: claim.check(0), there)
         try:
-            stored, its_id = schema.read_meta(connection)
+            stored, its_id = meta.read_meta(connection)
             claim.check(stored["last_version"])
-            schema.check_job_id(its_id, job_id, path)
+            meta.check_job_id(its_id, job_id, path)
             if there.log:
                 schema.cut_off(connection)
             if its_id is None and not stored["last_version"]:
-                schema.write_job_id(connection, job_id, path)
+                meta.write_job_id(connection, job_id, path)
             ends_ms = stored.get(schema.ENDS)
             if ends_ms is None or options.now_ms < ends_ms:
                 if options.expires_ms is not None:

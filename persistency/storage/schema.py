@@ -48,7 +48,6 @@ PAGE_BYTES = 4096
 BUSY_MS = 5000  # so long a statement waits for a lock of another process
 SYNCHRONOUS = {"process": "normal", "power": "full"}
 TIME_MS_MAX = 10**15  # a job's clock says no more
-_NUMBER_MAX = 2**62
 _VFS = "win32" if os.name == "nt" else "unix"  # named: a loaded extension may have changed the process' default
 
 _KV = """
@@ -69,15 +68,6 @@ CHANGES = """
 CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, category BLOB NOT NULL, key BLOB NOT NULL,
                       payload BLOB, stop BLOB);
 """
-# An id of ours is a text, and short; any other isn't read.
-_ID = "CASE WHEN typeof(value) = 'text' AND octet_length(value) <= 1024 THEN value ELSE 0 END"
-_JOB_ID = f"SELECT {_ID} FROM meta WHERE name = 'job_id'"
-# By `IN`, though half of its time goes into a table of the names: what looks at each row has no end in a hostile file.
-_META = (
-    f"SELECT name, CASE name WHEN 'job_id' THEN {_ID} ELSE value END FROM meta WHERE name IN"
-    " ('job_id', 'last_version', 'clean', 'latest_ms', 'used_bytes', 'used_ms', 'changes_dropped', 'expires_ms')"
-    " AND (typeof(value) = 'integer' OR name = 'job_id')"
-)
 ENDS = "expires_ms"  # the job's own end
 NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 # From each format the statements that lead to the next one known; an empty file is format 0.
@@ -351,43 +341,3 @@ def migrate(connection: apsw.Connection, found: int) -> None:
         raise
     # The tables must not hang on a log file alone: without it there would be nothing to read.
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-
-
-def read_job_id(connection: apsw.Connection, path: Path) -> object:
-    """Return the id in a file, or `None` if it has none."""
-    try:
-        stored = connection.execute(_JOB_ID).fetchone()
-    except (apsw.Error, UnicodeDecodeError) as error:
-        raise translated(error, f"can't read the job id in {str(path)!r}") from error
-    return None if stored is None else stored[0]
-
-
-def write_job_id(connection: apsw.Connection, job_id: str, path: str | Path) -> None:
-    """Write the id into a new file."""
-    try:
-        connection.execute("INSERT INTO meta VALUES ('job_id', ?)", (job_id,))
-    except apsw.Error as error:
-        raise translated(error, f"can't write the job id into {str(path)!r}") from error
-
-
-def check_job_id(stored: object, job_id: str, path: str | Path) -> None:
-    """Hold the id in a file, if it has one, against the one asked for."""
-    if stored is not None and stored != job_id:
-        raise Corrupt(
-            f"{str(path)!r} belongs to job {stored!r}, not {job_id!r}",
-            hint="Files can't be renamed into another job; bring back the right file.",
-        )
-
-
-def read_meta(connection: apsw.Connection) -> tuple[dict[str, int], object]:
-    """Return the numbers in a file's meta table, and the job's id. Raises `Corrupt` if the last version isn't one."""
-    try:
-        stored = dict(connection.execute(_META))
-    except (apsw.Error, UnicodeDecodeError) as error:
-        raise translated(error, "can't read the last version") from error
-    job_id = stored.pop("job_id", None)
-    # What can't be is as good as missing: it is counted anew.
-    numbers = {name: value for name, value in stored.items() if 0 <= value <= _NUMBER_MAX}
-    if "last_version" not in numbers:
-        raise Corrupt("the file's last version can't be read", hint="Restore the job from a backup.")
-    return numbers, job_id

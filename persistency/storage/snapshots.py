@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import apsw
 
 from persistency.errors import Closed, Corrupt, JobNotFound, Misuse, PersistencyError, Unavailable
-from persistency.storage import inherited, schema
+from persistency.storage import inherited, meta, schema
 from persistency.storage.changes import DROPPED, Changes, has_changes
 from persistency.storage.port import Failed, ListChanges
 from persistency.storage.quota import USED, USED_MS, Quota
@@ -111,7 +111,7 @@ class Snapshots:
             self._schema = -1
             self._recognise(connection)
             self._schema = version
-        stored, _ = schema.read_meta(connection)
+        stored, _ = meta.read_meta(connection)
         latest_ms = max(stored.get(name, 0) for name in (LATEST_MS, USED_MS))
         if latest_ms > schema.TIME_MS_MAX:
             raise Corrupt(f"the file's time, {latest_ms}, is beyond any clock's", hint="Restore it from a backup.")
@@ -146,7 +146,7 @@ class Snapshots:
                 f"{str(self._path)!r} has format {found}, an earlier one, and a reader changes nothing",
                 hint="Open the job once with open_job(job_id): that brings its file up to date.",
             )
-        schema.check_job_id(schema.read_job_id(connection, self._path), self._job_id, self._path)
+        meta.check_job_id(meta.read_job_id(connection, self._path), self._job_id, self._path)
 
 
 def not_found(job_id: str, path: Path) -> JobNotFound:

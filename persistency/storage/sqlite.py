@@ -23,7 +23,7 @@ import apsw
 
 from persistency.errors import Corrupt, StorageError
 from persistency.logfields import about
-from persistency.storage import checking, copying, schema
+from persistency.storage import checking, copying, meta, schema
 from persistency.storage.beside import keep_beside
 from persistency.storage.files import Claim, Watch
 from persistency.storage.folding import Folding
@@ -309,7 +309,7 @@ class SqliteStore(Folding):
         quota = self._table.quota
         if quota is not None:
             with contextlib.suppress(StorageError):
-                stored, _ = schema.read_meta(self._connection)
+                stored, _ = meta.read_meta(self._connection)
                 if {USED, USED_MS} <= stored.keys():
                     quota.used, quota.used_ms = stored[USED], stored[USED_MS]
 

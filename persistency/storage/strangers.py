@@ -13,7 +13,7 @@ from pathlib import Path
 import apsw
 
 from persistency.errors import Corrupt, SchemaTooNew
-from persistency.storage import schema
+from persistency.storage import meta, schema
 from persistency.storage.files import size
 
 
@@ -24,7 +24,7 @@ def check_ours(path: Path, job_id: str, vfs: str | None = None) -> None:
     connection = schema.open_file(path, vfs, immutable=True)
     try:
         if schema.recognise(connection, path) == schema.FORMAT:
-            schema.check_job_id(schema.read_job_id(connection, path), job_id, path)
+            meta.check_job_id(meta.read_job_id(connection, path), job_id, path)
     except apsw.NotADBError as error:
         raise schema.translated(error, f"{str(path)!r} isn't a job's file") from error
     except (apsw.Error, UnicodeDecodeError):

@@ -12,6 +12,7 @@ import apsw
 import pytest
 
 from persistency.errors import Corrupt
+from persistency.storage import meta
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import ScanRange, StoreOptions
 from persistency.storage.reading import SqliteReader
@@ -257,6 +258,7 @@ def test_a_file_with_another_job_id_is_refused(root: DirectoryRoot, job_id: str,
         ),
         "INSERT INTO meta VALUES (CAST(x'ff41' AS TEXT), 1), (x'ff', 2), (printf('%.1000000c', 'a'), 3)",
         "INSERT INTO meta VALUES ('note', CAST(x'ff41' AS TEXT)), ('other', zeroblob(1000000))",
+        "INSERT INTO meta VALUES (CAST(x'41ff' AS TEXT), 1), (printf('%.1000000c', 'b'), 2)",
     ],
 )
 def test_notes_of_others_are_left_alone(root: DirectoryRoot, statement: str) -> None:
@@ -269,3 +271,15 @@ def test_notes_of_others_are_left_alone(root: DirectoryRoot, statement: str) -> 
     reader = SqliteReader(path, "alpha")
     assert reader.last_version == 3
     reader.close()
+
+
+@pytest.mark.parametrize("others", range(3, 8))
+def test_a_files_own_notes_are_read_beside_any_number_of_others(root: DirectoryRoot, others: int) -> None:
+    """Ours are read to the last, however many of others come before them: some fit into what is read at first."""
+    names = ", ".join(f"('a{number}', {number})" for number in range(others))
+    path = tampered(root, f"INSERT INTO meta VALUES {names}, ('used_bytes', 3), ('used_ms', 1000)", rows=3)
+    with closing(apsw.Connection(str(path))) as connection:
+        stored, job_id = meta.read_meta(connection)
+    assert job_id == "alpha"
+    known = {name: value for name, value in stored.items() if name[0] != "a" and name != "syncs"}
+    assert known == {"last_version": 3, "clean": 1, "used_bytes": 3, "used_ms": 1000}
