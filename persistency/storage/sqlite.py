@@ -90,15 +90,7 @@ class SqliteStore(Folding):
             self._outdated = keep_beside(connection, self._table, options, stored)
         except (apsw.Error, UnicodeDecodeError) as error:
             raise schema.translated(error, "can't read what is kept beside the rows") from error
-        self._groups = Groups(connection, self._table)
-        self._groups.learn(
-            {
-                BackUp: lambda message: copying.back_up(Path(path), message.target, vfs=vfs),
-                CheckUp: lambda _message: checking.check(Path(path), vfs=vfs),
-                Extent: lambda _message: connection.pragma("page_count") * schema.PAGE_BYTES,
-                GiveBack: lambda message: copying.give_back(connection, message.pages),
-            }
-        )
+        self._groups = Groups(connection, self._table, lambda: _answers(connection, Path(path), vfs))
         self._execute = self._table.execute
         self._committing = False  # when the error came that is on its way
         self._short_read = False  # the last error was one
@@ -352,3 +344,13 @@ class SqliteStore(Folding):
         except (apsw.Error, StorageError) as error:
             fields = about("file_not_made_smaller", None, error, path=self._claim.path)
             log.warning("a job's file couldn't be made smaller: %s", error, extra=fields)
+
+
+def _answers(connection: apsw.Connection, path: Path, vfs: str | None) -> dict[type, Callable[[Any], Any]]:
+    """Return how messages about the whole file are answered."""
+    return {
+        BackUp: lambda message: copying.back_up(path, message.target, vfs=vfs),
+        CheckUp: lambda _message: checking.check(path, vfs=vfs),
+        Extent: lambda _message: connection.pragma("page_count") * schema.PAGE_BYTES,
+        GiveBack: lambda message: copying.give_back(connection, message.pages),
+    }
