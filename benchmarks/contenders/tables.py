@@ -42,7 +42,7 @@ SCAN = "SELECT key, payload FROM kv WHERE category = ? AND key >= ? AND key < ? 
 CHECKPOINT_PAGES = 12_000
 CHECKPOINT_COMMIT_PAGES = 4_000
 # And the page cache it gives a file that is the only one read: all of the table fits. SQLite's own has 2 MB.
-CACHE_KIB = 64 * 1024
+CACHE_KIB = 32 * 1024
 
 
 def places(rows: Iterable[Pair], first: int = 1) -> Iterator[tuple[bytes, bytes, bytes, int]]:

@@ -1,8 +1,8 @@
 """The page cache: in how much memory the pages of an open file stay that were read.
 
 What isn't there is read from the system again, which takes a point read a quarter longer. SQLite's own 2 MB hold some
-14,000 rows of 100 bytes, and are enough to write. A file that is read gets more: 64 MiB if it is the only one, and if n
-of them are, the last to come the n-th part of that. So all together never have more than 200 MiB beyond SQLite's own,
+14,000 rows of 100 bytes, and are enough to write. A file that is read gets more: 32 MiB if it is the only one, and if n
+of them are, the last to come the n-th part of that. So all together never have more than 80 MiB beyond SQLite's own,
 however many there are.
 
 Rules:
@@ -18,7 +18,7 @@ import weakref
 
 import apsw
 
-_ALL_KIB = 64 * 1024
+_ALL_KIB = 32 * 1024  # RocksDB and diskcache take as much
 _OWN_KIB = 2_000  # SQLite's
 
 _taken: weakref.WeakSet[PageCache] = weakref.WeakSet()

@@ -78,7 +78,7 @@ def test_who_only_writes_takes_no_more_than_sqlites_own(root: DirectoryRoot) -> 
     assert (limit_kib(store), used(store) < 3_000 * KIB, len(pagecache._taken)) == (OWN_KIB, True, others)
     store.get(b"c", b"k", 1)
     store.read(GetRow(b"c", b"k"), 1)
-    assert (limit_kib(store), len(pagecache._taken)) == (64 * KIB // (others + 1), others + 1)
+    assert (limit_kib(store), len(pagecache._taken)) == (32 * KIB // (others + 1), others + 1)
     store.fold()
     assert (limit_kib(store), len(pagecache._taken)) == (OWN_KIB, others)
     store.read(GetRow(b"c", b"k"), 1)
@@ -99,7 +99,7 @@ def test_the_more_are_read_the_less_each_gets(root: DirectoryRoot) -> None:
             return limit_kib(store)
 
         shares = [opened(at) for at in range(40)]
-        assert shares == [max(64 * KIB // (others + at), OWN_KIB) for at in range(1, 41)]
+        assert shares == [max(32 * KIB // (others + at), OWN_KIB) for at in range(1, 41)]
         assert shares[-1] == OWN_KIB
     assert len(pagecache._taken) == others
     with contextlib.ExitStack() as stack:
@@ -114,7 +114,7 @@ def test_all_together_get_little_more_than_their_own() -> None:
         cache.enlarge()
         cache.enlarge()  # a second time is fine
     shares = [-int(connection.pragma("cache_size")) for connection in connections]
-    assert sum(shares) - len(shares) * OWN_KIB <= 200 * KIB
+    assert sum(shares) - len(shares) * OWN_KIB <= 80 * KIB
     assert min(shares) == OWN_KIB
     for cache, connection in zip(caches, connections, strict=True):
         cache.give_back()
