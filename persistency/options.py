@@ -81,12 +81,9 @@ class JobOptions(NamedTuple):
             inline=self.inline,
         )
 
-    @property
-    def store(self) -> StoreOptions:
-        """What the store needs of them."""
-        return StoreOptions(
-            durability=self.durability, max_bytes=self.max_bytes, feed_changes_max=self.feed_changes_max
-        )
+    def store(self, now_ms: int, expires_ms: int | None, *, must_exist: bool) -> StoreOptions:
+        """Return what the store needs of them, and what it needs besides."""
+        return StoreOptions(self.durability, self.max_bytes, self.feed_changes_max, now_ms, expires_ms, must_exist)
 
 
 def _as_callback(value: Any, argument: str) -> Any:

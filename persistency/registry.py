@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -223,8 +222,7 @@ class Site:
             if mailbox.has_ended or (expires_ms is not None and expires_ms <= now_ms):  # it rested to its end
                 raise Closed(f"job {job_id!r} was temporary, and its time is over")
             was_there = last is not None and last.last_version > 0
-            given = replace(options.store, now_ms=now_ms, expires_ms=expires_ms, must_exist=was_there)
-            store = self.root.open(job_id, given)
+            store = self.root.open(job_id, options.store(now_ms, expires_ms, must_exist=was_there))
             try:
                 if last is not None and store.last_version < last.last_version:
                     raise Corrupt(

@@ -62,7 +62,7 @@ class Mailbox(Door):
         self._inline = bounds.inline
         # and who waits for the turn.
         self._late = 0  # posters that wait for the turn, once they have to serve themselves
-        self._turn_free = Condition(self._lock)
+        self._turn_free: Condition | None = None  # made by the first of them: hardly any job has one
         self._attendant: Callable[[], None] | None = None
         self._queue = Queue()
         self._drained: Reply[None] | None = None  # one for all who want to know
@@ -155,9 +155,10 @@ class Mailbox(Door):
         """Take the turn alone, if nobody keeps it for `patience` seconds; who has some comes before who has none."""
         with self._lock:
             if self._holder is not None and patience > 0 and self._holder_thread != get_ident():
+                free = self._turn_free = self._turn_free or Condition(self._lock)
                 self._late += 1
                 try:
-                    self._turn_free.wait_for(lambda: self._holder is None, patience)
+                    free.wait_for(lambda: self._holder is None, patience)
                 finally:
                     self._late -= 1
                     self.ring()  # who was kept from it meanwhile looks again
@@ -184,7 +185,8 @@ class Mailbox(Door):
         self.ring()
         with self._lock:
             if self._late:
-                self._turn_free.notify_all()
+                if self._turn_free is not None:
+                    self._turn_free.notify_all()
                 return
         if self._attendant is not None:
             self._attendant()

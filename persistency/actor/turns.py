@@ -73,7 +73,7 @@ class Turns:
         self._ends_ms: int | None = None
         self._doubtful = False  # the group in hand has failed at its commit: its bytes may be there all the same
         self.used_at: float = monotonic()
-        self.hurry: threading.Event = threading.Event()  # set: don't wait for what stalls
+        self._hurry: threading.Event | None = None  # made by the first stall; set: don't wait for what stalls
         self.discards: bool = False
         self.written: Callable[[], None] = lambda: None
         self._job_id = job_id
@@ -136,8 +136,9 @@ class Turns:
 
     def discard(self) -> None:
         """From now on fail what is to be run, and wait for nothing that stalls."""
-        self.discards = True
-        self.hurry.set()
+        self.discards = True  # first: who begins to wait meanwhile looks once more
+        if self._hurry is not None:
+            self._hurry.set()
 
     def decide(self, group: Group, answers: list[Answer]) -> None:
         """Run a group; add what is to be answered."""
@@ -194,9 +195,10 @@ class Turns:
                     fields = about("job_stalls", self._job_id, error)
                     log.warning("job %r stalls: %s", self._job_id, error, extra=fields)
                 self._doubtful |= error.at_commit
+                hurry = self._hurry = self._hurry or threading.Event()
                 if self.discards or monotonic() >= deadline:
                     raise Harm(error, "unknown" if self._doubtful else "not applied") from error
-                self.hurry.wait(min(pause, max(0.0, deadline - monotonic())))
+                hurry.wait(min(pause, max(0.0, deadline - monotonic())))
                 pause = min(pause * 2, RETRY_SECONDS_MAX)
                 continue
             self._doubtful = False
