@@ -73,11 +73,13 @@ NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = 
 # From each format the statements that lead to the next one known; an empty file is format 0.
 MIGRATIONS: dict[int, tuple[int, str]] = {0: (2, _KV + _REST), 1: (2, _KV_1_TO_2 + _REST)}
 # The definitions in a file that was made by these statements.
-_MADE = [
-    {(text.split()[1].lower(), text.split()[2], text.strip()) for text in statements.split(";") if "CREATE" in text}
+_MADE, _MADE_LATER = (
+    frozenset(
+        (text.split()[1].lower(), text.split()[2], text.strip()) for text in statements.split(";") if "CREATE" in text
+    )
     for statements in (_KV + _REST, CHANGES)
-]
-_AS_MADE = (_MADE[0], _MADE[0] | _MADE[1])
+)
+_AS_MADE = (_MADE, _MADE | _MADE_LATER)
 
 # Name, declared type, NOT NULL, place in the primary key; hidden columns count.
 _COLUMNS_1 = [("category", "BLOB", 1, 1), ("key", "BLOB", 1, 2), ("payload", "BLOB", 1, 0)]
