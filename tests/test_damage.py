@@ -13,6 +13,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -64,7 +65,7 @@ class Plant(NamedTuple):
     limit: float = CASE_SECONDS
 
 
-_get, _read, _apply, _open = SqliteStore.get, SqliteStore.read, SqliteStore.apply, DirectoryRoot.open
+_point_read, _read, _apply, _open = SqliteStore.point_read, SqliteStore.read, SqliteStore.apply, DirectoryRoot.open
 
 
 def _at_a_failed_read(act: Callable[[SqliteStore, StorageError], Any]) -> Callable[[], None]:
@@ -78,8 +79,12 @@ def _at_a_failed_read(act: Callable[[SqliteStore, StorageError], Any]) -> Callab
 
         return attempt
 
+    def pointing(self: SqliteStore, now_ms: Callable[[], int]) -> Callable[..., Any]:
+        read = _point_read(self, now_ms)
+        return partial(reading(lambda _self, *row: read(*row)), self)
+
     def spoil() -> None:
-        replace_method(SqliteStore, "get", reading(_get))
+        replace_method(SqliteStore, "point_read", pointing)
         replace_method(SqliteStore, "read", reading(_read))
 
     return spoil

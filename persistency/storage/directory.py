@@ -36,7 +36,7 @@ class DirectoryRoot:
         self.directory: Path = directory
         self.name: str = str(directory)
         self._vfs = vfs
-        self._before = str(directory / "x")[:-1]  # what stands before a file's name: nothing, if that is "."
+        self._before = str(directory / "x")[:-1]  # what stands before a file's name
 
     def path(self, job_id: str) -> Path:
         """Return the file of a job, existing or not."""

@@ -87,8 +87,7 @@ class Folding:
     def fold(self) -> bool:
         """Carry the whole log over and cut it off, if no other process is reading from it; return whether it was."""
         done = self._checkpointed(self._log.cut_off)
-        with contextlib.suppress(apsw.Error):  # then at the next one
-            self._cache.give_back()  # nobody has written for a while, and who reads on takes it again
+        self._cache.give_back()  # nobody has written for a while, and who reads on takes it again
         return done
 
     def _checkpointed(self, checkpoint: Callable[[], T]) -> T:

@@ -15,7 +15,6 @@ Doesn't know: BEGIN, COMMIT and ROLLBACK, files, what becomes of an outcome.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import apsw
@@ -70,22 +69,16 @@ class ReadFault(Exception):
 class Groups:
     """Runs groups against a table; `more` says how kinds of messages are answered that the table doesn't know."""
 
-    def __init__(
-        self, connection: apsw.Connection, table: Table, more: Callable[[], dict[type, Callable[[Any], Any]]]
-    ) -> None:
+    def __init__(self, connection: apsw.Connection, table: Table, more: dict[type, Callable[[Any], Any]]) -> None:
         self._connection = connection
         self._table = table
         self._execute = table.execute
-        self._more = more
-
-    @cached_property
-    def _answers(self) -> dict[type, Callable[[Any], Any]]:
-        return {
-            **self._table.answers,
+        self._answers: dict[type, Callable[[Any], Any]] = {
+            **table.answers,
             Batch: self._batch,
             Expect: self._expect,
             Barrier: lambda _message: None,
-            **self._more(),
+            **more,
         }
 
     def knows(self, kind: type) -> bool:

@@ -1,7 +1,7 @@
 """The meta table of a file: what it says of the job, its id and its numbers.
 
 Rules:
-  1. Whatever a damaged or hostile file has in that table, to read it takes a bounded time and little memory.
+  1. Whatever a damaged or hostile file has in that table, only so many of its rows are looked at.
   2. A number that can't be is as good as missing.
 
 Doesn't know: what the numbers are for, transactions.

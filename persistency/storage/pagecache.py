@@ -14,6 +14,7 @@ Doesn't know: rows, transactions, when it is time to give a share back.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import apsw
@@ -32,17 +33,17 @@ class PageCache:
         self.is_large: bool = False
 
     def enlarge(self) -> None:
-        """Take a share, or do nothing where that was done. Raises what SQLite does."""
+        """Take a share, unless there is one."""
         if not self.is_large:
             _taken.add(self)
             self._limit(max(_ALL_KIB // len(_taken), _OWN_KIB))
             self.is_large = True
 
     def give_back(self) -> None:
-        """Give the share back, if there is one, and all that is kept beyond SQLite's own. Raises what SQLite does."""
+        """Give the share back, if there is one, and all that is kept beyond SQLite's own."""
         if self.is_large:
-            self._limit(_OWN_KIB)
             self.close()
+            self._limit(_OWN_KIB)
 
     def close(self) -> None:
         """Give the share back: the connection is closed, or about to be."""
@@ -50,4 +51,5 @@ class PageCache:
         _taken.discard(self)
 
     def _limit(self, kib: int) -> None:
-        self._connection.execute(f"PRAGMA cache_size = -{kib}")
+        with contextlib.suppress(apsw.Error):  # what is read is read without it, too
+            self._connection.execute(f"PRAGMA cache_size = -{kib}")

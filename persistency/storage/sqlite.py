@@ -30,6 +30,7 @@ from persistency.storage.folding import Folding
 from persistency.storage.group import OWN_FAULTS, Groups, ReadFault, intent
 from persistency.storage.pagecache import PageCache
 from persistency.storage.port import (
+    PLACES,
     BackUp,
     Barrier,
     CheckUp,
@@ -90,7 +91,7 @@ class SqliteStore(Folding):
             self._outdated = keep_beside(connection, self._table, options, stored)
         except (apsw.Error, UnicodeDecodeError) as error:
             raise schema.translated(error, "can't read what is kept beside the rows") from error
-        self._groups = Groups(connection, self._table, lambda: _answers(connection, Path(path), vfs))
+        self._groups = Groups(connection, self._table, _answers(connection, path, vfs))
         self._execute = self._table.execute
         self._committing = False  # when the error came that is on its way
         self._short_read = False  # the last error was one
@@ -145,6 +146,7 @@ class SqliteStore(Folding):
         def get(category: bytes, key: bytes) -> bytes | None:
             try:
                 if not connection.in_transaction:
+                    self._cache.enlarge()
                     self._begin_read()
                 row = execute(POINT, (category, key)).fetchone()  # as `Table.get` does
             except apsw.Error as error:
@@ -170,6 +172,7 @@ class SqliteStore(Folding):
         """Answer one read message outside any group."""
         self._table.now_ms = now_ms
         try:
+            self._cache.enlarge()
             self._begin_read()
             return self._groups.answer(message)
         except (apsw.Error, UnicodeDecodeError) as error:
@@ -214,6 +217,8 @@ class SqliteStore(Folding):
         if not writes and not sync:
             if barriers:  # what they say is committed has to be there
                 self._watch.check()
+            if len(group) > len(barriers) * PLACES:
+                self._cache.enlarge()
             self._begin_read()
             outcomes = run(group, refused)
             self._make_smaller(barriers)
@@ -316,8 +321,6 @@ class SqliteStore(Folding):
 
     def _begin_read(self) -> None:
         if not self._connection.in_transaction:
-            if not self._cache.is_large:
-                self._cache.enlarge()
             self._execute("BEGIN")
 
     def _end_read(self) -> None:
@@ -338,6 +341,7 @@ class SqliteStore(Folding):
             for barrier in barriers:
                 if barrier.rebuild:
                     self._end_read()
+                    self._cache.give_back()  # it would be taken twice: what is written beside the file has one as large
                     copying.rebuild(self._connection)
                 if barrier.rebuild or barrier.fold:
                     self.fold()
@@ -346,11 +350,11 @@ class SqliteStore(Folding):
             log.warning("a job's file couldn't be made smaller: %s", error, extra=fields)
 
 
-def _answers(connection: apsw.Connection, path: Path, vfs: str | None) -> dict[type, Callable[[Any], Any]]:
+def _answers(connection: apsw.Connection, path: str, vfs: str | None) -> dict[type, Callable[[Any], Any]]:
     """Return how messages about the whole file are answered."""
     return {
-        BackUp: lambda message: copying.back_up(path, message.target, vfs=vfs),
-        CheckUp: lambda _message: checking.check(path, vfs=vfs),
+        BackUp: lambda message: copying.back_up(Path(path), message.target, vfs=vfs),
+        CheckUp: lambda _message: checking.check(Path(path), vfs=vfs),
         Extent: lambda _message: connection.pragma("page_count") * schema.PAGE_BYTES,
         GiveBack: lambda message: copying.give_back(connection, message.pages),
     }

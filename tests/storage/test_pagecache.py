@@ -10,7 +10,7 @@ import pytest
 
 from persistency.storage import pagecache
 from persistency.storage.directory import DirectoryRoot
-from persistency.storage.port import GetRow, StoreOptions
+from persistency.storage.port import Barrier, GetRow, StoreOptions
 from persistency.storage.sqlite import SqliteStore
 from persistency.testing import group, put
 
@@ -121,3 +121,52 @@ def test_all_together_get_little_more_than_their_own() -> None:
         assert connection.pragma("cache_size") == -OWN_KIB
         connection.close()
     assert not pagecache._taken.intersection(caches)
+
+
+@pytest.mark.parametrize("barrier", [Barrier(), Barrier(sync=True), Barrier(fold=True), Barrier(rebuild=True)], ids=str)
+def test_who_flushes_or_compacts_takes_no_share(barrier: Barrier, root: DirectoryRoot) -> None:
+    """Nothing is read for a barrier; and what a rebuild writes beside the file would have a cache as large."""
+    others = len(pagecache._taken)
+    store = root.open("alpha", StoreOptions())
+    store.apply(group(put(b"c", b"k", PAYLOAD)), 1)
+    store.apply(group(barrier), 1)
+    store.apply(group(barrier), 1)  # with nothing written since
+    assert (limit_kib(store), len(pagecache._taken)) == (OWN_KIB, others)
+    store.get(b"c", b"k", 1)
+    limits: list[int] = []
+    store._connection.trace_v2(
+        apsw.SQLITE_TRACE_STMT, lambda event: limits.append(limit_kib(store)) if "VACUUM" in event["sql"] else None
+    )
+    store.apply(group(barrier), 1)
+    store._connection.trace_v2(0, None)
+    assert set(limits) == ({OWN_KIB} if barrier.rebuild else set())
+    store.close()
+
+
+def test_a_log_that_was_left_takes_no_share(root: DirectoryRoot) -> None:
+    """To open what a killed process has left reads no row."""
+    others = len(pagecache._taken)
+    store = root.open("alpha", StoreOptions())
+    store.apply(group(put(b"c", b"k", PAYLOAD)), 1)
+    store.close(tidy=False)
+    assert root.path("alpha").with_name("alpha.db-wal").exists()
+    store = root.open("alpha", StoreOptions())
+    assert (limit_kib(store), len(pagecache._taken)) == (OWN_KIB, others)
+    store.close()
+
+
+def test_a_read_goes_on_without_a_larger_cache(root: DirectoryRoot) -> None:
+    """SQLite says no to the larger cache: the row is read all the same, and a fold gives the share back."""
+    others = len(pagecache._taken)
+    store = root.open("alpha", StoreOptions())
+    store.apply(group(put(b"c", b"k", PAYLOAD)), 1)
+
+    def refuse(_cursor: object, sql: str, _bindings: object) -> bool:
+        return "cache_size" not in sql
+
+    store._connection.exec_trace = refuse
+    assert store.get(b"c", b"k", 1) == PAYLOAD
+    store.fold()
+    assert len(pagecache._taken) == others
+    store._connection.exec_trace = None
+    store.close()
