@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Unpack
 from persistency import lifecycle
 from persistency.actor.bounds import OnFull
 from persistency.actor.clock import reading, system_ms
+from persistency.actor.loops import running_loop
 from persistency.actor.reply import Reply
 from persistency.arguments import as_count, as_seconds
 from persistency.driving import adrive, drive
@@ -38,6 +39,7 @@ from persistency.storage.port import Durability, Root
 from persistency.sweeps import Sweeping
 
 MEMORY = ":memory:"
+OPENING_SECONDS = 5.0  # so long SQLite waits for another process' lock; a shorter timeout needs a thread of its own
 
 # A site lives as long as a Persistency or a worker on it does.
 _sites: weakref.WeakValueDictionary[Path | str, Site] = weakref.WeakValueDictionary()
@@ -51,14 +53,15 @@ def _site(root: str | PathLike[str]) -> tuple[Site, Path | str | None]:
     if root == MEMORY:
         from persistency.storage.memory import MemoryRoot  # only here: hardly any service has it
 
-        return Site(MemoryRoot()), None
+        return Site(MemoryRoot(), near=True), None
     if not root:
         raise Misuse("root is empty: pass a directory, or ':memory:'")
     place: Path | str = root if isinstance(root, str) and "://" in root else real_root(root)
     with _sites_lock:
         site = _sites.get(place)
         if site is None:
-            site = _sites[place] = Site(_on_server(place) if isinstance(place, str) else DirectoryRoot(place))
+            site = Site(_on_server(place)) if isinstance(place, str) else Site(DirectoryRoot(place), near=True)
+            _sites[place] = site
         return site, place
 
 
@@ -83,10 +86,10 @@ class Persistency(Sweeping, Reading):
 
     `root`: a directory, existing or not, or `":memory:"`. `max_live_jobs` is how many jobs may have a thread and a
     connection at once (`None`: all of them); of more, those that were used the longest ago rest until somebody uses
-    them, and so does one that nobody used for `idle_ttl` seconds. Their handles don't show it. `open_timeout` and
-    `exit_timeout` are in seconds: how long opening a job may take (`None`: as long as it takes), and how long the exit
-    of the interpreter may take to write what is waiting. `clock` returns Unix seconds, like `time.time`. What takes
-    `slow_after` seconds or longer is told in the log `persistency.slow` (`None`: nothing is timed for it).
+    them, and so does one that nobody used for `idle_ttl` seconds. Their handles don't show it. `open_timeout` is how
+    many seconds opening a job may wait for others (`None`: as long as it takes; of less than 5 it may take all in all),
+    `exit_timeout` how many the exit of the interpreter may take to write what is waiting. `clock` returns Unix seconds,
+    like `time.time`. What takes `slow_after` seconds or longer is told in the log `persistency.slow` (`None`: nothing).
     """
 
     _closed = True  # until it is known to be sound; see __del__
@@ -209,27 +212,32 @@ class Persistency(Sweeping, Reading):
         has the job, `Corrupt`, `SchemaTooNew` or another `StorageError` if its file can't be used, `TimeoutError`.
         """
         given = dict(locals())
-        return drive(self._opening(given.pop("job_id"), given), self._open_timeout)
+        # Here it can't be given up half way: SQLite waits for other processes, in all, for as long as that.
+        here = (self._open_timeout is None or self._open_timeout >= OPENING_SECONDS) and running_loop() is None
+        return drive(self._opening(given.pop("job_id"), given, here=here), self._open_timeout)
 
     async def aopen_job(self, job_id: str | None = None, **options: Unpack[OpenOptions]) -> Job:
         """Do what `open_job` does, without blocking the event loop."""
-        unknown = options.keys() - _OPTION_NAMES
-        if unknown:
+        if unknown := options.keys() - _OPTION_NAMES:
             raise TypeError(f"aopen_job() got an unexpected keyword argument {min(unknown)!r}")
-        return await adrive(self._opening(job_id, dict(options)), self._open_timeout)
+        return await adrive(self._opening(job_id, dict(options), here=False), self._open_timeout)
 
-    def _opening(self, job_id: str | None, given: dict[str, Any]) -> Generator[Reply[None], None, Job]:
+    def _opening(self, job_id: str | None, given: dict[str, Any], *, here: bool) -> Generator[Reply[None], None, Job]:
         given.pop("self", None)
         given = checked(given)
         self._check_open()
         job_id = urandom(12).hex() if job_id is None else job_id
         while True:
-            job = yield from self._site.open(job_id, given, self._opener)
-            with self._lock:
-                held = self._jobs.get(job_id)
-                if (held is None or held.closed) and not self._closed:
-                    self._jobs[job_id] = job
-                    return job
+            job = yield from self._site.open(job_id, given, self._opener, here=here)
+            try:
+                with self._lock:
+                    held = self._jobs.get(job_id)
+                    if (held is None or held.closed) and not self._closed:
+                        self._jobs[job_id] = job
+                        return job
+            except BaseException:  # an interrupt: nobody else knows of this handle
+                job._leave(flush=False)
+                raise
             # A second lease isn't needed; if the first was given back meanwhile, it was the last one: try again.
             job._leave(flush=False)
             if self._closed:

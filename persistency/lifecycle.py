@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import weakref
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, Self
 
@@ -32,6 +33,7 @@ from persistency.actor import errand
 from persistency.actor.failures import FailureLog
 from persistency.actor.reply import Reply
 from persistency.actor.settling import abandon, ready
+from persistency.actor.starter import starter
 from persistency.actor.worker import Worker
 from persistency.errors import Forked, Misuse
 
@@ -67,12 +69,24 @@ def look_after(job_id: str, worker: Worker, failures: FailureLog, exit_timeout: 
         _charges[id(worker)] = _Charge(job_id, worker, failures, exit_timeout)
 
 
-def begin(worker: Worker) -> None:
-    """Start a worker: its thread, or, once main has ended, its store alone, which posters then serve themselves."""
+def begin(worker: Worker, *, here: bool = False) -> None:
+    """Start a worker: its thread, or, once main has ended, its store alone, which posters then serve themselves.
+
+    `here`: open its store in this thread; it gets its own when there is something for it.
+    """
     if ends():
         worker.start_unattended()
+    elif here:
+        worker.start_here(_call)
     else:
         worker.start()
+
+
+def _call(worker: Worker) -> None:
+    """Have a worker that naps begun, by whoever starts threads. Raises `RuntimeError` if nobody can."""
+    if _exiting:
+        raise RuntimeError("no thread is started any more")
+    starter.note(partial(worker.come, begin))
 
 
 def ends() -> bool:
@@ -258,7 +272,8 @@ class _Fork:
         """Let everybody go on, in the parent."""
         for worker, token in self._tokens:
             worker.mailbox.give_back(token)
-            worker.mailbox.ring()
+            if not worker.mailbox.dozing:  # who came for it meanwhile has called for its thread already
+                worker.mailbox.ring()
         self._errands.end()
         if self._locked:
             with contextlib.suppress(RuntimeError):  # an interrupt came before it was had
@@ -298,6 +313,7 @@ def _in_child() -> None:
     if mine := _forks.get(threading.get_ident()):
         mine[-1].end_in_child()
     _forks.clear()
+    starter.forget()
     _charges.clear()
     _workers.clear()
     for module, act in in_child:

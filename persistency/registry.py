@@ -26,7 +26,7 @@ from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
 from persistency.actor.settling import Answer, pending, ready, settle_all
-from persistency.actor.worker import Worker
+from persistency.actor.worker import GivenUp, Worker
 from persistency.errors import Closed, Corrupt, Forked, JobLocked, Misuse, PersistencyError
 from persistency.job import Job
 from persistency.messages import name_ops
@@ -82,8 +82,9 @@ class _Entry:
 class Site:
     """One root in this process."""
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: Root, *, near: bool = False) -> None:
         self.root = root
+        self._near = near  # what opens a store there waits for nobody else's machine
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._entries: dict[str, _Entry] = {}
@@ -93,27 +94,36 @@ class Site:
         if os.getpid() != self._pid:
             raise Forked("this handle belongs to the process this one was forked from", hint="Open the job anew.")
 
-    def open(self, job_id: str, given: dict[str, Any], opener: Opener) -> Generator[Reply[None], None, Job]:
+    def open(
+        self, job_id: str, given: dict[str, Any], opener: Opener, *, here: bool
+    ) -> Generator[Reply[None], None, Job]:
         """Open a job and return a handle with a lease of its own.
 
-        Yields the replies to wait for on the way.
+        Yields the replies to wait for on the way. `here`: its store may be opened in this thread.
         """
         path = self.root.path(job_id)
         lease = object()
         while True:
-            entry = self._join(job_id, given, lease, opener)
+            entry = self._join(job_id, given, lease, opener, here=here and self._near)
             worker = entry.worker
-            if worker is not None and not entry.leaving:
-                break
-            yield entry.gone
-        try:
-            yield worker.opened
-        except BaseException as error:
-            why = entry.place.explain() if entry.place is not None and isinstance(error, TimeoutError) else None
-            self._leave(entry, lease)
-            if why is not None:
-                raise TimeoutError(why) from None
-            raise
+            if worker is None or entry.leaving:
+                yield entry.gone
+                continue
+            try:
+                yield worker.opened
+                return self._handle(job_id, path, entry, lease, opener)
+            except GivenUp:  # by somebody else: now it is opened by whoever comes first
+                self._leave(entry, lease)
+            except BaseException as error:
+                why = entry.place.explain() if entry.place is not None and isinstance(error, TimeoutError) else None
+                self._leave(entry, lease)
+                if why is not None:
+                    raise TimeoutError(why) from None
+                raise
+
+    def _handle(self, job_id: str, path: Path | None, entry: _Entry, lease: object, opener: Opener) -> Job:
+        worker = entry.worker
+        assert worker is not None
 
         def release(job: Job, drain: bool, flush: bool) -> Reply[None]:
             reply = self._release(entry, lease, job, drain=drain, flush=flush)
@@ -173,38 +183,52 @@ class Site:
         with self._lock:
             return self._entries.setdefault(job_id, placeholder)
 
-    def _join(self, job_id: str, given: dict[str, Any], lease: object, opener: Opener) -> _Entry:
+    def _join(self, job_id: str, given: dict[str, Any], lease: object, opener: Opener, *, here: bool) -> _Entry:
         """Take a lease on an open job, or begin to open it; an entry that is leaving is returned as it is."""
         self.end(job_id)
-        with self._lock:
-            entry = self._entries.get(job_id)
-            if entry is not None:
-                if not entry.leaving:
-                    different = differing(entry.options, given)
-                    if different:
-                        raise Misuse(
-                            f"job {job_id!r} is open with another {', '.join(different)}: "
-                            "leave the option out, or close the job first"
-                        )
-                    entry.leases.add(lease)
-                return entry
-            fresh = self._new(job_id, JobOptions(**given), opener)
-            # A signal handler that came meanwhile may have opened the job itself.
-            entry = self._entries.setdefault(job_id, fresh)
-            entry.leases.add(lease)
-        if entry is fresh and entry.worker is not None and entry.failures is not None:
-            try:
-                lifecycle.look_after(job_id, entry.worker, entry.failures, opener.exit_timeout)
-                entry.worker.ended = lambda: self._gone(job_id, fresh)
-                if entry.place is None or not entry.place.served or lifecycle.ends():
-                    lifecycle.begin(entry.worker)
-                else:
-                    entry.worker.doze()
-                    entry.mailbox.ring()
-            except BaseException:
-                self._leave(entry, lease)
-                raise
+        entry = fresh = None
+        try:
+            with self._lock:
+                entry = self._entries.get(job_id)
+                if entry is not None:
+                    if not entry.leaving:
+                        self._lease(entry, job_id, given, lease)
+                    return entry
+                fresh = self._new(job_id, JobOptions(**given), opener)
+                # A signal handler that came meanwhile may have opened the job itself.
+                entry = self._entries.setdefault(job_id, fresh)
+                entry.leases.add(lease)
+            if entry is fresh:
+                self._begin(job_id, fresh, opener.exit_timeout, here=here)
+        except BaseException:  # an interrupt: nobody else knows of the lease
+            mine = fresh if entry is None else entry
+            if mine is not None and (mine is fresh or lease in mine.leases):
+                self._leave(mine, lease)
+            raise
         return entry
+
+    def _lease(self, entry: _Entry, job_id: str, given: dict[str, Any], lease: object) -> None:
+        """Take a lease on a job that is open. Raises `Misuse` if it was opened with other options."""
+        different = differing(entry.options, given)
+        if different:
+            raise Misuse(
+                f"job {job_id!r} is open with another {', '.join(different)}: "
+                "leave the option out, or close the job first"
+            )
+        entry.leases.add(lease)
+
+    def _begin(self, job_id: str, entry: _Entry, exit_timeout: float, *, here: bool) -> None:
+        """Have a job opened: `here`, in a thread of its own, or once it has leave to be live."""
+        assert entry.worker is not None
+        assert entry.failures is not None
+        lifecycle.look_after(job_id, entry.worker, entry.failures, exit_timeout)
+        if entry.place is not None and entry.place.served and not lifecycle.ends():
+            entry.worker.doze()
+            entry.mailbox.ring()
+        elif here and entry.place is None:
+            lifecycle.begin(entry.worker, here=True)
+        else:
+            lifecycle.begin(entry.worker)
 
     def _new(self, job_id: str, options: JobOptions, opener: Opener) -> _Entry:
         mailbox = Mailbox(options.bounds)
@@ -251,7 +275,9 @@ class Site:
         worker.turns.slow = slow
         if place is not None:
             place.worker = worker
-        return _Entry(options, mailbox, worker, failures, place)
+        entry = _Entry(options, mailbox, worker, failures, place)
+        worker.ended = lambda: self._gone(job_id, entry)
+        return entry
 
     def end(self, job_id: str) -> Reply[None] | None:
         """Close a temporary job whose time is over; return what to wait for, or `None` if it isn't one."""
@@ -267,7 +293,7 @@ class Site:
     def _leave(self, entry: _Entry, lease: object) -> None:
         """Give up a lease on a job that didn't open, or not in time; a late opening is closed again."""
         assert entry.worker is not None
-        failed = entry.worker.opened.done() and entry.worker.opened.exception() is not None
+        failed = entry.worker.unborn or (entry.worker.opened.done() and entry.worker.opened.exception() is not None)
         with self._lock:
             entry.leases.discard(lease)
             last = not entry.leaving and (failed or not entry.leases)

@@ -686,9 +686,9 @@ def test_two_objects_on_one_root_share_the_worker(
     first, second = one.open_job("a"), two.open_job("a")
     assert first is not second
     assert opened == ["a"]
-    assert [thread.name for thread in workers()] == ["persistency:a"]
     first.put("c", ("k",), b"1")
     assert second.get("c", ("k",)).result(WAIT) == b"1"
+    assert [thread.name for thread in workers()] == ["persistency:a"]
     one.close(WAIT)
     assert (first.closed, second.closed) == (True, False)
     second.put("c", ("k",), b"2")
@@ -1062,6 +1062,9 @@ def test_a_persistency_with_nothing_open_does_not_warn(root: Path) -> None:
 def test_a_job_has_one_thread_that_carries_its_name(persistency: Persistency) -> None:
     """Threads are named `persistency:<id>`, are daemons, and are gone after close."""
     jobs = [persistency.open_job(name) for name in ("alpha", "beta")]
+    for job in jobs:
+        job.put("c", (1,), b"x")
+        job.flush().result(WAIT)
     assert sorted(thread.name for thread in workers()) == ["persistency:alpha", "persistency:beta"]
     assert all(thread.daemon for thread in workers())
     jobs[0].close(WAIT)

@@ -117,6 +117,8 @@ FLOORS = [
     "arguments",
     "actor.errand",
     "actor.worker",
+    "actor.serving",
+    "actor.starter",
     "actor.activation",
     "actor.upkeep",
     "actor.turns",

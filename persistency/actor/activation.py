@@ -60,8 +60,11 @@ class Activation:
         """Open the store, or raise why it can't be. In a turn."""
         try:
             self._turns.store = store = self._open_store()
-            self._clock.not_before(store.status().latest_ms)
+            found = store.status()
+            self._clock.not_before(found.latest_ms)
             self.upkeep = Upkeep(self._job_id, store, self._mailbox, self._clock, self._sync_interval)
+            if not found.wal_bytes:
+                self.upkeep.note_folded()
             self._turns.used_at = monotonic()
             self._turns.serve_in_place(store, notes_use=self._slot is not None)
             self._tally.state = "live"

@@ -25,13 +25,14 @@ class Door(Sleeper):
     """The door of one mailbox, and who has its turn."""
 
     __slots__ = (
-        "_closed", "_ending", "_holder", "_holder_thread", "_open_ops", "_refusal", "abandoned", "get_in_place",
-        "inside", "prefetch", "read_in_place", "worker_thread", "write_in_place",
+        "_attendant", "_closed", "_ending", "_holder", "_holder_thread", "_open_ops", "_refusal", "abandoned",
+        "get_in_place", "inside", "never_waits", "prefetch", "read_in_place", "worker_thread", "write_in_place",
     )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self.worker_thread: int | None = None
+        self.never_waits: set[int] = set()  # threads that must not wait for room here
         self.inside: int | None = None  # the thread that is in a caller's function now
         self.abandoned: PersistencyError | None = None  # in a forked child: nobody answers here any more
         # Run by whoever has the turn.
@@ -46,6 +47,7 @@ class Door(Sleeper):
         self._ending: Callable[[], None] | None = None
         self._holder: object | None = None
         self._holder_thread = 0
+        self._attendant: Callable[[], None] | None = None
 
     def serve_in_place(
         self,
@@ -63,6 +65,31 @@ class Door(Sleeper):
         with self._lock:
             if self._refusal is None:
                 self.prefetch = prefetch
+
+    def unattend(self, attendant: Callable[[], None]) -> None:
+        """From now on whoever posts calls `attendant` afterwards; the worker sleeps no more."""
+        with self._lock:
+            self._attendant = attendant
+            self._open_ops = 0
+
+    def attend(self) -> None:
+        """Note that the calling thread is the worker's: nobody has to serve himself."""
+        self.worker_thread = get_ident()
+        self.never_waits.add(self.worker_thread)
+        self._attendant = None
+
+    def leave(self) -> None:
+        """Note that the calling thread is the worker's no more: the system gives its number to another one later."""
+        self.worker_thread = None
+        self.never_waits.discard(get_ident())
+
+    def nap(self, wake: Callable[[], None]) -> bool:
+        """Nap as a sleeper does. Every post looks closer meanwhile: if no thread can be had, its poster is to serve."""
+        with self._lock:
+            naps = super().nap(wake)
+            if naps and self._wake is not None:  # else no thread can be had, and there is somebody to serve already
+                self._attendant, self._open_ops = None, 0
+            return naps
 
     def _serve_nobody(self) -> None:
         self.get_in_place = self.read_in_place = self.write_in_place = self.prefetch = None

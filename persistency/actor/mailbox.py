@@ -39,15 +39,13 @@ class Mailbox(Door):
     """The line in front of one job's worker."""
 
     __slots__ = (
-        "_attendant", "_bytes", "_bytes_max", "_drained", "_generation", "_inline", "_late", "_lone", "_low",
-        "_messages", "_ops", "_queue", "_requests", "_taken", "_turn_free", "_withdrawn", "asked", "bounds",
-        "in_hand", "never_waits",
+        "_bytes", "_bytes_max", "_drained", "_generation", "_inline", "_late", "_lone", "_low", "_messages", "_ops",
+        "_queue", "_requests", "_taken", "_turn_free", "_withdrawn", "asked", "bounds", "in_hand",
     )  # fmt: skip
 
     def __init__(self, bounds: Bounds) -> None:
         super().__init__()
         self.bounds: Bounds = bounds
-        self.never_waits: set[int] = set()  # threads that must not wait for room here
         # Guarded by the lock: the line,
         self._messages: Group = []
         self._ops = self._bytes = self._requests = 0
@@ -63,7 +61,6 @@ class Mailbox(Door):
         # and who waits for the turn.
         self._late = 0  # posters that wait for the turn, once they have to serve themselves
         self._turn_free: Condition | None = None  # made by the first of them: hardly any job has one
-        self._attendant: Callable[[], None] | None = None
         self._queue = Queue()
         self._drained: Reply[None] | None = None  # one for all who want to know
         self._low: list[Reply[None]] = []  # such ones, for whom it was low, and who aren't told yet
@@ -213,6 +210,7 @@ class Mailbox(Door):
         self._lock._at_fork_reinit()  # type: ignore[attr-defined]  # a thread that isn't here may have had it
         self.abandoned: PersistencyError | None = error
         self._refusal = lambda: error
+        self.wake_up()
         self._open_ops = 0
         self._serve_nobody()
         lines, self._messages, self.in_hand = [*self.in_hand, self._messages], [], []
@@ -247,12 +245,6 @@ class Mailbox(Door):
             self.ring()
         self._tell_low(refusal())
         return group
-
-    def unattend(self, attendant: Callable[[], None]) -> None:
-        """From now on whoever posts calls `attendant` afterwards; the worker sleeps no more."""
-        with self._lock:
-            self._attendant = attendant
-            self._open_ops = 0
 
     def __len__(self) -> int:
         return len(self._messages) // 3
@@ -376,7 +368,8 @@ class Mailbox(Door):
                 lambda poster: self.bounds.fit(self._level(), poster.ops, poster.nbytes, poster.requests, 1),
                 lambda poster: self._append(poster.places, poster.ops, poster.nbytes, poster.requests),
             )
-        if self._refusal is None and self._attendant is None and self._ending is None and not self._queue:
+        looked_at = self._attendant is None and self._ending is None and not self._naps
+        if self._refusal is None and looked_at and not self._queue:
             self._open_ops = self.bounds.ops_max
 
     def _note_low(self) -> None:

@@ -1,11 +1,15 @@
 """The sleeper: how a worker sleeps while there is nothing to do, and how it is woken.
 
 It sleeps in one of two ways: its thread waits on a bell, for a while or until somebody rings; or it *dozes*, without a
-thread, and is woken by a function that gets it a new one.
+thread, and is woken by a function that gets it a new one. A *nap* is a doze with everything left as it is, so that what
+needs no thread can be done meanwhile by whoever comes.
 
 Rules:
   1. Nobody sleeps while there is something to do; a ring that comes in between is not lost.
-  2. Ringing never waits, starts nothing and calls no code of anybody's: signal handlers and `__del__` ring too.
+  2. Ringing never waits and calls no code of anybody's: signal handlers and `__del__` ring too. It leaves a note with
+     whoever starts threads.
+  3. A nap lasts until a thread has come: every ring until then calls for one, so that a call that an interrupt has cut
+     short is made good by the next.
 
 Doesn't know: what there is to do.
 """
@@ -21,7 +25,7 @@ class Sleeper:
     """The sleep of one worker. `_lock` is the one critical section of whoever builds on it."""
 
     # Of 40 attributes: in a dict of that many each look at one costs a third more, and a point read takes a dozen.
-    __slots__ = ("__weakref__", "_asleep", "_bell", "_lock", "_rung", "_wake", "came_at", "dozes")
+    __slots__ = ("__weakref__", "_asleep", "_bell", "_lock", "_naps", "_rung", "_wake", "came_at", "dozes")
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -29,6 +33,7 @@ class Sleeper:
         self._asleep = False
         self._rung = False
         self._wake: Callable[[], None] | None = None
+        self._naps = False
         self.dozes: int = 0  # how often it has dozed off
         # When the first of what waits came, at the earliest; 0: nothing has come yet; below: nobody has ever asked.
         self.came_at: float = -1.0
@@ -77,12 +82,33 @@ class Sleeper:
                 self._ring()
             return True
 
+    def nap(self, wake: Callable[[], None]) -> bool:
+        """As `doze`, but what has rung already counts, and `wake` is called at each ring until `wake_up`."""
+        with self._lock:
+            if self._ends():
+                return False
+            self.note_empty()
+            self._wake, self._asleep, self._naps = wake, True, True
+            if self._stirs():
+                self._ring()
+            return True
+
+    @property
+    def napping(self) -> bool:
+        """Whether there is no thread, with everything left as it is."""
+        return self._naps
+
+    @property
+    def dozing(self) -> bool:
+        """Whether nobody is there, nor called for."""
+        return self._wake is not None
+
     def wake_up(self) -> bool:
         """End the dozing without `wake` being called; return whether it was that that had to be ended."""
         with self._lock:
             dozed, self._wake = self._wake is not None, None
             if dozed:
-                self._asleep = False
+                self._asleep = self._naps = False
             return dozed
 
     def waited(self, now: float) -> float:
@@ -104,9 +130,12 @@ class Sleeper:
         # Looked at again: at the entry of a call a signal handler, or `__del__`, may have rung already.
         if not self._asleep:
             return
-        self._asleep = False
         if not self.came_at:
             self.came_at = monotonic()
+        if self._naps and self._wake is not None:
+            self._wake()
+            return
+        self._asleep = False
         wake, self._wake = self._wake, None
         if wake is None:
             self._bell.release()

@@ -60,6 +60,11 @@ class Upkeep:
         self._planned_ms: int | None = None
         self._slept_at = (0, 0.0)  # what the clock said, and until when the worker was to sleep
 
+    def note_folded(self) -> None:
+        """Note that nothing was found in the log when the store was opened: there is nothing to be cut off."""
+        if self._log is not None and not self._log.unsynced:
+            self._version = self._store.last_version
+
     def pause(self) -> float | None:
         """Return how many seconds the worker may sleep; `None`: until somebody comes."""
         if self._mailbox.idle:

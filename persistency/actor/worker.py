@@ -1,12 +1,15 @@
 """The worker: the life of one job. It opens the store, runs turns, looks after the store, rests, and ends.
 
-A job at rest has no thread; the next post gets it another one. When the interpreter exits, posters serve themselves.
+A job has a thread once there is something for one: until then it *naps*, with its store open, and whoever asks is
+answered in his own thread. A job at rest has neither; the next post gets it both. When the interpreter exits, posters
+serve themselves.
 
 Rules:
   1. Every reply that was taken is settled, whatever happens, to the thread too.
-  2. Only the holder of the turn touches the store.
+  2. Wherever an interrupt comes while it is begun, somebody is there to end it: a thread, whoever calls for one, or
+     whoever closes it.
 
-Doesn't know: SQL, keys, files, which engine the store is, how many workers there may be.
+Doesn't know: SQL, keys, files, which engine the store is, how many workers there may be, who starts threads.
 """
 
 from __future__ import annotations
@@ -14,90 +17,40 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
-from threading import get_ident
 from typing import Any
 
-from persistency.actor.accounts import Accounts, NameOps
-from persistency.actor.activation import Activation
-from persistency.actor.clock import Clock
-from persistency.actor.failures import FailureLog
-from persistency.actor.mailbox import Mailbox
+from persistency.actor.loops import running_loop
 from persistency.actor.reply import Reply
-from persistency.actor.settling import Answer, Debts, pending, ready, settle_all, tell_if_unseen
-from persistency.actor.slot import Slot
-from persistency.actor.tally import Statistics, Tally
-from persistency.actor.turns import Harm, Turns
-from persistency.actor.waiters import Waiters
+from persistency.actor.serving import Serving
+from persistency.actor.settling import Answer, pending, ready, settle_all
 from persistency.errors import Closed, PersistencyError
-from persistency.storage.port import PLACES, Barrier, Failed, Group, Store, writes
-
-# So long a late poster waits for another one's turn: a thread frozen in the middle of it never gives it back.
-LATE_TURN_SECONDS_MAX = 5.0
 
 
-class Worker:
-    """One job's worker: a daemon thread, and at interpreter exit whoever comes.
+class GivenUp(Exception):
+    """Whoever was opening the store was interrupted: somebody else may open it."""
 
-    `open_store` is called in the thread that will run the job; `clock` stamps each group; `name_ops` turns a message
-    back into operations; `waiters_max` bounds the requests that wait for changes; without a `slot` it never rests.
+
+class Worker(Serving):
+    """One job's worker: a daemon thread, and without one whoever comes.
+
+    `open_store` is called in a turn; `clock` stamps each group; `name_ops` turns a message back into operations;
+    `waiters_max` bounds the requests that wait for changes; without a `slot` it never rests.
     """
 
-    def __init__(
-        self,
-        job_id: str,
-        mailbox: Mailbox,
-        failures: FailureLog,
-        *,
-        open_store: Callable[[], Store],
-        clock: Clock,
-        name_ops: NameOps,
-        stall_timeout: float,
-        waiters_max: int,
-        sync_interval: float | None = None,
-        slot: Slot | None = None,
-    ) -> None:
-        self.opened: Reply[None] = pending(mailbox, reads=False)
-        self.closed: Reply[None] = pending(mailbox, reads=False)
-        self.clock = clock
-        self.waiters: Waiters = Waiters(waiters_max, mailbox.waits_for_itself)
-        self._retired: Reply[None] | None = None
-        self._job_id = job_id
-        self.mailbox = mailbox
-        self._tally = Tally()
-        self._failures = failures
-        self._accounts = Accounts(self._tally, failures, mailbox, self.waiters, name_ops)
-        self.turns: Turns = Turns(job_id, mailbox, self._accounts, self.waiters, self._tally, clock, stall_timeout)
-        self.turns.written = self._after_write_in_place
-        self.activation: Activation = Activation(
-            job_id, mailbox, self.turns, self._tally, self.waiters, clock, open_store, sync_interval, slot
-        )
-        self._slot = slot
-        self.ended: Callable[[], object] = lambda: None  # called when the store is closed for good
-        self._serve_late = partial(self.serve, patience=LATE_TURN_SECONDS_MAX)
-        self._resting = False  # without a store and a thread, until somebody posts
-        self._over = False  # the thread has nothing left to do
-        self._ended = False  # the store is closed, for good
-        self._starting = threading.Lock()
-        self._debts = Debts()
+    unborn: bool = True  # nobody has begun it
+    _begun = False  # the thread that was started last is there
+    _starting: threading.Lock
+    _call: Callable[[Worker], None]
+    _called = False
 
-    @property
-    def store(self) -> Store | None:
-        """The store, while it is open."""
-        return self.turns.store
-
-    @property
-    def looks_idle(self) -> bool:
-        """Whether it could rest."""
-        return self.activation.looks_idle and self.opened.done()
-
-    # -- life ----------------------------------------------------------------------------------------------------
+    # -- its beginning -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the thread; `opened` is settled when the store is open, or with why it isn't."""
-        self._begun = False
+        self._begun, self._starting = False, threading.Lock()
         thread = threading.Thread(target=self._run, name=f"persistency:{self._job_id}", daemon=True)
         try:
+            self.unborn = False
             thread.start()
         except BaseException as error:
             with self._starting:
@@ -105,13 +58,96 @@ class Worker:
                 self._over = not begun
             if begun:  # an interrupt, and the thread lives: whoever has called closes what it opens
                 raise
-            self.could_not_start(error)
+            if self.store is None:
+                self.could_not_start(error)
+                return
+            self.start_unattended()
+            if not isinstance(error, Exception):
+                raise
+
+    def start_here(self, call: Callable[[Worker], None]) -> None:
+        """Open the store in this thread, and nap; `call` has whoever starts threads tell it to `come`.
+
+        It is called under the mailbox's lock, by whoever rings, and raises `RuntimeError` if no thread can be had. An
+        interrupt that comes meanwhile is raised, and who waits for the opening is told that it was given up.
+        """
+        token, answers = object(), list[Answer]()
+        self._call = call
+        try:
+            self.mailbox.unattend(self._serve_late)  # until it naps: whoever closes it serves it
+            self.unborn = False
+            if self.mailbox.hold(token):
+                self._open(answers)
+            else:  # a fork keeps it just now
+                self.start()
+            self._settle_down(token, answers)
+        except BaseException:
+            # Only what is still to be done: each of these knows whether it was.
+            if self.store is None and not self.opened.done() and self._has(token):
+                self._not_opened(self._given_up(), answers)
+            self._settle_down(token, answers)
+            raise
+
+    def _given_up(self) -> GivenUp:
+        return GivenUp(f"the opening of job {self._job_id!r} was interrupted")
+
+    def _has(self, token: object) -> bool:
+        return self.mailbox.is_held_by(token) or self.mailbox.hold(token)
+
+    def _open(self, answers: list[Answer]) -> None:
+        try:
+            self.activation.begin()
+        except Exception as error:
+            self._not_opened(error, answers)
+        if self.mailbox.abandoned is not None:  # somebody forked in the middle of it, and this is the child
+            store, self.turns.store, self.activation.upkeep = self.store, None, None
+            if store is not None:
+                store.disown(quiet=True)
+            raise self.mailbox.abandoned
+
+    def _settle_down(self, token: object, answers: list[Answer]) -> None:
+        """Give the turn back, and have somebody to look after the store, before anybody knows that it is open."""
+        self.mailbox.give_back(token)
+        self._debts.pay(answers)
+        if self.store is None and not self._ended:  # its thread opens it
+            return
+        if not (self._over or self._begun or self.mailbox.napping):
+            if self.activation.pause() is not None:
+                self.start()
+            elif not self.mailbox.nap(self._wake) or self._over:
+                self._serve_late()
+        settle_all([(self.opened, None, None)])
+
+    def _wake(self) -> None:
+        """Call for a thread. The mailbox's lock is held, and the caller may be in the middle of anything."""
+        if self._called:
+            return
+        try:
+            self._call(self)
+            self._called = True
+        except RuntimeError:
+            self._over = True
+            self.mailbox.wake_up()
+            self.mailbox.unattend(self._serve_late)
+
+    def come(self, begin: Callable[[Worker], None]) -> None:
+        """End the nap with `begin`; nothing happens if it is over already."""
+        if self.mailbox.wake_up():
+            begin(self)
+
+    def doze(self) -> None:
+        """Wait for the first post, or a ring, before the store is opened. Instead of `start`, where there is a slot."""
+        self._resting, self.unborn = True, False
+        self._lie_down()
 
     def start_unattended(self) -> None:
         """Open the store in this thread and serve every poster in its own; for when no thread can be started."""
         self._resting, self._over = False, True
         self.mailbox.unattend(self._serve_late)
+        self.unborn = False
         self._serve_late()
+
+    # -- its end -------------------------------------------------------------------------------------------------
 
     def close(self, *, drain: bool = True) -> Reply[None]:
         """Refuse further posts, run what waits (or fail it with `Closed`), close the store; `closed` tells."""
@@ -119,9 +155,14 @@ class Worker:
             self.turns.discard()
         closed = Closed(f"job {self._job_id!r} is closed")
         try:
-            dozed = self._wakes_nobody()
+            if self.unborn:  # and nobody will
+                settle_all([(self.opened, None, self._given_up())])
+            alone = self.unborn or self._is_left_alone()
+            dozed = not (alone or self.mailbox.napping) and self._wakes_nobody()
             self.mailbox.close(lambda: closed)
-            if dozed and self.mailbox.ended:  # there is nothing to be opened for
+            if alone:
+                self._serve_alone()
+            elif dozed and self.mailbox.ended:  # there is nothing to be opened for
                 self._serve_late()
             elif dozed and self._slot is not None:
                 self._slot.wake()
@@ -129,35 +170,56 @@ class Worker:
             self.mailbox.close(lambda: closed)
             if self._slot is not None:
                 self._slot.wake()
+            if self.unborn or not (self._slot is not None or self._begun or self.mailbox.napping):
+                self._serve_alone()
             raise
         return self.closed
 
+    def _is_left_alone(self) -> bool:
+        """End the nap of a worker that has nothing to do; return whether it was that: whoever closes it serves it."""
+        mailbox = self.mailbox
+        # Under an event loop its thread does it: to close a file may take a while.
+        return mailbox.napping and mailbox.idle and not mailbox.taken and running_loop() is None and mailbox.wake_up()
+
+    def _serve_alone(self) -> None:
+        """Serve a worker that has nobody, or have whoever has the turn now do it afterwards."""
+        self.mailbox.unattend(self._serve_late)
+        self.serve()
+
     def retire(self) -> Reply[None]:
         """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
-        if self._wakes_nobody():
+        napped = self.mailbox.napping and self.mailbox.wake_up()
+        if not napped and self._wakes_nobody():
             self.start_unattended()
         elif self._retired is None:
             self._retired = pending(self.mailbox, reads=False)
             self.mailbox.ring()
+            if napped:
+                self.mailbox.unattend(self._serve_late)
+                self._serve_late()
         if self._retired is not None and not self._over:
             return self._retired
         self._serve_late()  # without a thread already: whoever asks does it
         return ready()
 
-    def doze(self) -> None:
-        """Wait for the first post, or a ring, before the store is opened. Instead of `start`, where there is a slot."""
-        self._resting = True
-        self._lie_down()
-
     def _wakes_nobody(self) -> bool:
         """End the rest of a worker without a thread; return whether it was resting."""
         return self.mailbox.wake_up() or (self._slot is not None and self._slot.withdraw())
 
-    def statistics(self) -> Statistics:
-        """Return the numbers of this instant."""
-        status = None if (store := self.store) is None else store.status()
-        commit_ms, numbers = self._tally.percentiles(), self._tally.statistics
-        return self.mailbox.as_one(lambda level: numbers(level.accepted, level.nbytes, status, commit_ms))
+    def forsake(self, error: PersistencyError, *, quiet: bool) -> list[Reply[Any]]:
+        """In a forked child: leave the parent's store alone from now on; return the replies nobody will answer.
+
+        `quiet` says that nobody was in the middle of a turn.
+        """
+        replies = [*self.mailbox.forsake(error), *self.waiters.forsake(error), self.opened, self.closed]
+        replies += self._debts.replies()
+        store, self.turns.store, self.activation.upkeep = self.store, None, None
+        self._over = self._ended = True
+        if store is not None:
+            store.disown(quiet=quiet)
+        return replies if self._retired is None else [*replies, self._retired]
+
+    # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         dozes = self.mailbox.dozes
@@ -166,8 +228,7 @@ class Worker:
                 if self._over:  # whoever has started this thread was interrupted, and has given up
                     return
                 self._begun = True
-            self.mailbox.worker_thread = me = get_ident()
-            self.mailbox.never_waits.add(me)
+            self.mailbox.attend()
             self._resting = False
             self._live()
         finally:
@@ -181,9 +242,7 @@ class Worker:
     def _leave(self, cause: BaseException | None) -> None:
         if not (self._over or (self._resting and self.opened.done())):
             self._die(cause or SystemExit())
-        # The system gives a thread's number to another one later.
-        self.mailbox.worker_thread = None
-        self.mailbox.never_waits.discard(get_ident())
+        self.mailbox.leave()
         if self._resting and self._slot is not None:
             self._slot.give_back()
             self._lie_down()
@@ -199,19 +258,6 @@ class Worker:
             except BaseException as error:  # thrown into this thread from outside
                 self._fail_all(error)
 
-    def forsake(self, error: PersistencyError, *, quiet: bool) -> list[Reply[Any]]:
-        """In a forked child: leave the parent's store alone from now on; return the replies nobody will answer.
-
-        `quiet` says that nobody was in the middle of a turn.
-        """
-        replies = [*self.mailbox.forsake(error), *self.waiters.forsake(error), self.opened, self.closed]
-        replies += self._debts.replies()
-        store, self.turns.store, self.activation.upkeep = self.store, None, None
-        self._over = self._ended = True
-        if store is not None:
-            store.disown(quiet=quiet)
-        return replies if self._retired is None else [*replies, self._retired]
-
     def _die(self, cause: BaseException) -> None:
         """See that nobody waits for a thread that ends out of turn; who closes the job serves himself."""
         self._fail_all(cause)
@@ -222,33 +268,6 @@ class Worker:
     def _fail_all(self, cause: BaseException) -> None:
         self._fail(cause, answers := list[Answer]())
         settle_all(answers)
-
-    def _fail(self, cause: BaseException, answers: list[Answer]) -> None:
-        """Poison the job for a defect, or what somebody has thrown into this thread: nobody may be left waiting."""
-        if not self._ended:
-            self.turns.poison(cause, "unknown", answers)
-        if not self.opened.done():
-            self._not_opened(cause, answers)
-
-    # -- opening and resting -------------------------------------------------------------------------------------
-
-    def _not_opened(self, error: BaseException, answers: list[Answer]) -> None:
-        """Tell that the store couldn't be opened; a job that has been open before is tried again by the next post."""
-        self.activation.end(tidy=False)
-        if self.opened.done():
-            for group in self.mailbox.in_hand:
-                outcomes = [None if type(message) is Barrier else Failed(error) for message in group[1::PLACES]]
-                self._accounts.group(group, outcomes, answers)
-            self._resting = not self.mailbox.ended
-            if not self._resting:
-                self._end(answers)
-            return
-        closed = Closed(f"job {self._job_id!r} could not be opened")
-        self.mailbox.shut(lambda: closed)
-        self._accounts.fail([(group, closed, "not applied") for group in self.mailbox.in_hand], answers)
-        self.ended()
-        answers += [(self.opened, None, error), *self._last_answers(None)]
-        self._over = self._ended = True
 
     def could_not_start(self, error: BaseException) -> None:
         """Tell that nobody could start the worker: what was posted meanwhile fails."""
@@ -269,131 +288,3 @@ class Worker:
             self._serve_late()
         elif self._retired is not None and self._wakes_nobody():  # the interpreter ends
             self.start_unattended()
-
-    # -- one turn ------------------------------------------------------------------------------------------------
-
-    def serve(self, *, patience: float = 0.0) -> None:
-        """Run one turn; with `patience`, wait so many seconds for it if somebody else has it."""
-        again = True
-        while again and not self._ended:
-            taken: list[Group] = []
-            if not self._in_turn(partial(self._turn, taken), patience):
-                return
-            upkeep = self.activation.upkeep
-            while upkeep is not None and not self.turns.poisoned and (step := upkeep.next_step(reaps=not self._over)):
-                if not self._in_turn(partial(upkeep.step, step, self.turns)):
-                    return
-            # Only now, with the last answers given: what nobody looked at is still to be raised by the closing.
-            again = bool(taken) and self.mailbox.ended
-
-    def _in_turn(self, act: Callable[[list[Answer]], object], patience: float = 0.0) -> bool:
-        """Take the turn, act, give it back, and only then settle what is answered; return whether it was free."""
-        token = object()
-        answers: list[Answer] = []
-        try:
-            if not self.mailbox.hold(token, patience):
-                return False
-            act(answers)
-        except BaseException as error:
-            mine = self.mailbox.worker_thread == get_ident()
-            if mine or self.mailbox.is_held_by(token):
-                self._fail(error, answers)
-            if not mine:
-                raise  # a caller's Ctrl-C
-        finally:
-            try:
-                self.mailbox.give_back(token)
-                self._debts.pay(answers)
-            except BaseException:  # thrown into this thread; nobody else would do it
-                self.mailbox.give_back(token)
-                self.mailbox.ring()
-                self._debts.pay(answers)
-                raise
-        return True
-
-    def _turn(self, taken: list[Group], answers: list[Answer]) -> None:
-        group = self.mailbox.take(answers_ring=True)
-        if group:
-            taken.append(group)
-        wanted = self.store is None and (group or not self.opened.done()) and not self.turns.poisoned
-        if wanted and not self._begin(group, answers):
-            return
-        if group:
-            if self._slot is not None:
-                self._slot.decline()
-            self.turns.decide(group, answers)
-        self.turns.tell_waiters(answers)
-        if self.mailbox.has_ended:
-            self.mailbox.close(lambda: Closed(f"job {self._job_id!r} was temporary, and its time is over"))
-        self._after(answers, worked=bool(group))
-
-    def _begin(self, group: Group, answers: list[Answer]) -> bool:
-        """Open the store; return whether that went well. What was accepted already isn't skipped for a fault."""
-        try:
-            if not group and self.mailbox.ended:
-                raise Closed(f"job {self._job_id!r} was closed before it was open")
-            if self.opened.done() and writes(group):
-                self.turns.insist(self.activation.begin)
-            else:
-                self.activation.begin()
-        except Harm as harm:
-            self.turns.poison(harm.cause, "not applied", answers)
-            return False
-        except Exception as error:
-            if self.opened.done() and not isinstance(error, PersistencyError):
-                raise  # a defect, or thrown into this thread: `_in_turn` knows what to do
-            self._not_opened(error, answers)
-            return False
-        if not self.opened.done():
-            settle_all([(self.opened, None, None)])
-        return True
-
-    def _after(self, answers: list[Answer], *, worked: bool) -> None:
-        """End, rest, or go on, with nothing left in hand."""
-        if self.mailbox.ended and not worked:
-            self._end(answers)
-        elif self._retired is not None and not self._retired.done():
-            self._retire(answers)
-        elif not (worked or self._over) and self._retired is None and self.opened.done() and self.activation.may_rest():
-            self._tally.state = "idle"  # first: who gets the slot may look at once
-            if (lost := self.activation.end()) is not None:
-                self.turns.poison(lost, "not applied", answers)
-            self._resting = lost is None
-        elif self._slot is not None and self._over:  # late posts to many jobs mustn't keep all of their files open
-            self.activation.end()
-        elif self.store is None and self._slot is not None:  # woken for nothing
-            self._resting = True
-            self._slot.give_back()
-
-    def _after_write_in_place(self) -> None:
-        upkeep = self.activation.upkeep
-        if upkeep is not None and upkeep.checkpoint_due():
-            upkeep.carry_over(self.turns)
-        if self.waiters or (upkeep is not None and not upkeep.is_planned()):
-            self.mailbox.ring()
-
-    def _end(self, answers: list[Answer]) -> None:
-        error = self.activation.end(tidy=not self.turns.poisoned)
-        self._tally.state = "closed"
-        self.waiters.refuse(Closed(f"job {self._job_id!r} is closed"), answers)
-        self.ended()
-        answers += self._last_answers(self._failures.take() or error)
-        self._over = self._ended = True
-
-    def _last_answers(self, error: BaseException | None) -> list[Answer]:
-        if error is not None:
-            tell_if_unseen(self.closed, error, lambda _error: None)  # so that a later `close` knows whether anybody has
-        closed: Answer = (self.closed, None, error)
-        return [closed] if self._retired is None else [closed, (self._retired, None, None)]
-
-    def _retire(self, answers: list[Answer]) -> None:
-        assert self._retired is not None
-        self.mailbox.unattend(self._serve_late)  # first, for beside one who never pauses it has to end, too
-        rest = self.mailbox.take()
-        if rest and (self.store is not None or self._begin(rest, answers)):
-            self.turns.decide(rest, answers)
-        if self.activation.upkeep is not None and not self.turns.poisoned:
-            self.activation.upkeep.settle()
-        self.waiters.refuse(Closed(f"job {self._job_id!r} ends with the interpreter"), answers)
-        answers.append((self._retired, None, None))
-        self._over = True

@@ -345,6 +345,11 @@ class Claim:
             handle, self._handle = self._handle, -1
             os.close(handle)
 
+    def __del__(self) -> None:
+        # Nobody else would, where an interrupt came before whoever made it had it in hand.
+        with contextlib.suppress(Exception):  # there may be no `os` any more
+            self.release()
+
 
 def remove(path: str | Path, *, lock: bool = True) -> list[Path]:
     """Delete a job's files, without `lock` all but that; return those that were there. The caller owns the `Claim`.

@@ -489,7 +489,7 @@ class Program:
         pages = self._rng.choice((4, 15, 40))
         with contextlib.ExitStack() as stack:
             enter = stack.enter_context
-            enter(patch.object(lifecycle, "begin", lambda worker: worker.start_unattended()))
+            enter(patch.object(lifecycle, "begin", lambda worker, **_how: worker.start_unattended()))
             enter(patch.object(sqlite, "CHECKPOINT_IDLE_PAGES", pages))
             enter(patch.object(sqlite, "CHECKPOINT_FORCED_PAGES", pages))
             open_store = DirectoryRoot.open

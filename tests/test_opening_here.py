@@ -1,0 +1,499 @@
+"""Opening a job in the caller's own thread: no thread is started before there is something for one.
+
+What is counted here are threads that are started and stores that are opened, not how long it takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persistency import Closed, Corrupt, Forked, Job, Persistency
+from persistency.actor import starter
+from persistency.registry import Site
+from persistency.storage import files
+from persistency.storage.directory import DirectoryRoot
+from persistency.storage.files import Claim
+from persistency.storage.sqlite import SqliteStore
+
+from .test_worker_death import Interrupter
+
+WAIT = 20.0
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty directory, in memory where there is one."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(os.path.realpath(directory))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every thread that is started from now on, by its name; "starter": the one that starts others."""
+    names: list[str] = []
+    start, start_new = threading.Thread.start, starter.start_new_thread
+
+    def starts(thread: threading.Thread) -> None:
+        names.append(thread.name)
+        start(thread)
+
+    def starts_new(*args: Any) -> int:
+        names.append("starter")
+        return start_new(*args)
+
+    monkeypatch.setattr(threading.Thread, "start", starts)
+    monkeypatch.setattr(starter, "start_new_thread", starts_new)
+    return names
+
+
+@pytest.fixture(params=["directory", "memory"])
+def persistency(request: pytest.FixtureRequest, place: Path) -> Iterator[Persistency]:
+    """Give a root of each near kind."""
+    with Persistency(place / "root" if request.param == "directory" else ":memory:") as opened:
+        yield opened
+
+
+def in_thread(fn: Callable[[], Any]) -> Future[Any]:
+    """Run a function in a thread of its own."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(fn())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="asks", daemon=True).start()
+    return future
+
+
+def openings(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], object]) -> list[int]:
+    """Call `before` with its number at each opening of a file; return the threads that did."""
+    threads: list[int] = []
+    real = DirectoryRoot.open
+
+    def opens(root: DirectoryRoot, *args: Any) -> SqliteStore:
+        threads.append(threading.get_ident())
+        before(len(threads))
+        return real(root, *args)
+
+    monkeypatch.setattr(DirectoryRoot, "open", opens)
+    return threads
+
+
+# -- when a thread comes -----------------------------------------------------------------------------------------------
+
+
+def test_opening_reading_and_closing_start_no_thread(persistency: Persistency, started: list[str]) -> None:
+    """However often a job is opened, asked and closed: a thread comes with the first post."""
+    for _ in range(20):
+        job = persistency.open_job("a")
+        assert job.get("c", (1,)).result(WAIT) is None
+        assert job.count("c").result(WAIT) == 0
+        job.close(WAIT)
+    assert started == []
+
+
+def test_the_first_post_gets_a_job_its_thread_and_later_ones_none(persistency: Persistency, started: list[str]) -> None:
+    """One thread that starts it, and it: whatever is posted until it comes, and afterwards."""
+    job = persistency.open_job("a")
+    for number in range(2000):
+        job.put("c", (number,), b"x")
+    job.flush().result(WAIT)
+    assert started == ["starter", "persistency:a"]
+    job.put("c", (0,), b"y")
+    job.flush().result(WAIT)
+    assert job.count("c").result(WAIT) == 2000
+    assert started == ["starter", "persistency:a"]
+
+
+def test_the_starter_ends_with_its_last_note(place: Path, started: list[str]) -> None:
+    """It is there only as long as there is something to be started."""
+    with Persistency(place) as p:
+        for number in range(5):
+            p.open_job(f"{number}").put("c", (1,), b"x")
+            p[f"{number}"].flush().result(WAIT)
+    assert sorted(name for name in started if name != "starter") == [f"persistency:{number}" for number in range(5)]
+    assert 1 <= started.count("starter") <= 5
+
+
+def test_what_a_write_in_place_leaves_to_be_done_gets_a_thread(place: Path, started: list[str]) -> None:
+    """A commit is run by its caller; it has to be synced within `sync_interval`, and that is the job's business."""
+    with Persistency(place) as p:
+        job = p.open_job("a")
+        job.increment("c", (1,)).result(WAIT)
+        job.flush().result(WAIT)
+        assert started == ["starter", "persistency:a"]
+
+
+def test_what_is_due_at_once_gets_a_thread_at_once(place: Path, started: list[str]) -> None:
+    """Rows that end, and a job that does: their thread is there when `open_job` returns, without a starter."""
+    with Persistency(place) as p:
+        p.open_job("rows").put("c", (1,), b"x", ttl=3600)
+        p.close_job("rows", WAIT)
+        del started[:]
+        p.open_job("rows")
+        assert started == ["persistency:rows"]
+        p.open_job("ends", ttl=3600)
+        assert started == ["persistency:rows", "persistency:ends"]
+
+
+def test_a_log_that_was_left_behind_and_stays_gets_a_thread_at_once(place: Path, started: list[str]) -> None:
+    """It couldn't be cut off while it was opened, for somebody reads there: it is to be, and to be synced, later."""
+    dies = "import os, sys; from persistency import Persistency; job = Persistency(sys.argv[1]).open_job('a')\n"
+    dies += "job.put('c', (1,), b'x'); job.flush().result(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", dies, str(place)], check=True, timeout=60)
+    reads = "import sqlite3, sys; file = sqlite3.connect(sys.argv[1]); file.execute('BEGIN')\n"
+    reads += "file.execute('SELECT count(*) FROM meta').fetchone(); print('reads', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", reads, str(place / "a.db")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "reads\n"
+        with Persistency(place) as p:
+            assert p.open_job("a").get("c", (1,)).result(WAIT) == b"x"
+            assert started == ["persistency:a"]
+            reader.communicate()
+
+
+@pytest.mark.parametrize("options", [{"open_timeout": 1.0}, {"max_live_jobs": 2}], ids=str)
+def test_what_has_to_be_bounded_or_needs_leave_is_opened_by_a_thread(
+    place: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """A short `open_timeout` bounds the opening itself; where there are slots, one has to be free."""
+    threads = openings(monkeypatch, lambda _number: None)
+    with Persistency(place, **options) as p:
+        p.open_job("a")
+        assert threading.get_ident() not in threads
+
+
+def test_under_an_event_loop_files_are_opened_and_closed_elsewhere(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`aopen_job` and `aclose` leave it to the job's thread, whoever has opened it."""
+    threads = openings(monkeypatch, lambda _number: None)
+    closed: list[int] = []
+    close = SqliteStore.close
+    monkeypatch.setattr(
+        SqliteStore, "close", lambda store, **how: (closed.append(threading.get_ident()), close(store, **how))[1]
+    )
+
+    async def main(p: Persistency) -> None:
+        await (await p.aopen_job("a")).aclose()
+        await p["b"].aclose()
+
+    with Persistency(place) as p:
+        p.open_job("b")
+        assert threads == [threading.get_ident()]
+        asyncio.run(main(p))
+    assert len(closed) == 2
+    assert threading.get_ident() not in [*threads[1:], *closed]
+
+
+# -- who posts first ---------------------------------------------------------------------------------------------------
+
+
+def test_the_first_post_may_come_in_the_middle_of_anything(place: Path) -> None:
+    """From a signal handler or `__del__` while `threading` itself is locked: it waits for nothing of it."""
+
+    class Dropped:
+        def __init__(self, job: Job) -> None:
+            self.job = job
+
+        def __del__(self) -> None:
+            self.job.put("c", ("dropped",), b"x")
+
+    with Persistency(place) as p:
+        jobs = [p.open_job(name) for name in ("handled", "dropped")]
+        dropped = [Dropped(jobs[1])]
+        before = signal.signal(signal.SIGUSR1, lambda *_: jobs[0].put("c", ("handled",), b"x"))
+        try:
+            with threading._active_limbo_lock:  # type: ignore[attr-defined]  # what starting a thread waits for
+                signal.raise_signal(signal.SIGUSR1)
+                dropped.clear()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        for job in jobs:
+            job.flush().result(WAIT)
+            assert job.get("c", (job.id,)).result(WAIT) == b"x"
+
+
+def out_of_threads(*_: Any) -> None:
+    """Refuse, as the system does."""
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("who", ["starter", "thread"])
+def test_without_a_thread_to_be_had_posts_are_served_all_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """Out of threads: by the poster himself, or by whoever should have started it."""
+    with Persistency(place) as p:
+        job = p.open_job("a")
+        if who == "starter":
+            monkeypatch.setattr(starter, "start_new_thread", out_of_threads)
+        else:
+            start = threading.Thread.start
+            monkeypatch.setattr(
+                threading.Thread,
+                "start",
+                lambda thread: out_of_threads() if thread.name == "persistency:a" else start(thread),
+            )
+        job.put("c", (1,), b"x")
+        if who == "starter":
+            assert job.statistics().committed == 1  # there is nobody else
+        job.put("c", (2,), b"x")
+        job.flush().result(WAIT)
+        assert job.count("c").result(WAIT) == 2
+        job.close(WAIT)
+        assert p.open_job("a").count("c").result(WAIT) == 2
+
+
+def test_a_call_for_a_thread_that_was_cut_short_is_made_good(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt in the middle of the very first post: the next one calls again, and both are written."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with Persistency(place) as p:
+        job = p.open_job("a")
+        with monkeypatch.context() as patch:
+            patch.setattr(starter, "start_new_thread", interrupted)
+            patch.setattr(starter.starter, "_lives", False)
+            pytest.raises(KeyboardInterrupt, job.put, "c", (1,), b"x")
+        job.put("c", (2,), b"x")
+        job.flush().result(WAIT)
+        assert job.count("c").result(WAIT) == 2
+
+
+# -- opening at once ---------------------------------------------------------------------------------------------------
+
+
+def test_of_many_who_open_at_once_one_opens(place: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
+    """The others wait for it, and all have the same handle."""
+    may_open = threading.Event()
+    threads = openings(monkeypatch, lambda _number: may_open.wait(WAIT))
+    with Persistency(place) as p:
+        asking = [in_thread(lambda: p.open_job("a")) for _ in range(4)]
+        may_open.set()
+        assert len({id(future.result(WAIT)) for future in asking}) == 1
+        assert len(threads) == 1
+    assert [name for name in started if name != "asks"] == []
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Corrupt])
+def test_who_waits_for_an_opening_that_fails_is_told_or_opens_it_himself(
+    place: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """A failure is everybody's; an interrupt only of him it came to."""
+    opens, joined = threading.Event(), threading.Event()
+    lease = Site._lease
+
+    def fails(number: int) -> None:
+        if number == 1:
+            opens.set()
+            assert joined.wait(WAIT)
+            raise kind("now")
+
+    def joins(site: Site, *args: Any) -> None:
+        lease(site, *args)
+        joined.set()
+
+    monkeypatch.setattr(Site, "_lease", joins)
+    with Persistency(place) as p:
+        threads = openings(monkeypatch, fails)
+        first = in_thread(lambda: p.open_job("a"))
+        assert opens.wait(WAIT)
+        second = in_thread(lambda: p.open_job("a"))
+        assert isinstance(first.exception(WAIT), kind)
+        if kind is Corrupt:
+            assert isinstance(second.exception(WAIT), Corrupt)
+        else:
+            assert second.result(WAIT).count("c").result(WAIT) == 0
+        assert len(threads) == (1 if kind is Corrupt else 2)
+        assert p.open_job("a").count("c").result(WAIT) == 0
+
+
+def test_a_closing_beside_somebody_who_is_answered_in_place_comes_after_him(place: Path, started: list[str]) -> None:
+    """A job without a thread is closed by its caller only if nobody has the turn."""
+    inside, may_go = threading.Event(), threading.Event()
+
+    def takes_its_time(_transaction: Any) -> str:
+        inside.set()
+        assert may_go.wait(WAIT)
+        return "done"
+
+    with Persistency(place) as p:
+        job = p.open_job("a")
+        running = in_thread(lambda: job.run(takes_its_time).result(WAIT))
+        assert inside.wait(WAIT)
+        closing = job._leave()
+        assert not closing.done()
+        may_go.set()
+        assert running.result(WAIT) == "done"
+        closing.result(WAIT)
+        pytest.raises(Closed, job.get, "c", (1,))
+        assert started == ["asks", "starter", "persistency:a"]
+
+
+# -- interrupts --------------------------------------------------------------------------------------------------------
+
+
+def opened_interrupted(place: Path, at: int, *, existing: bool) -> int:
+    """Open a job with an interrupt at some place of it; see that nothing is left of it; return the places."""
+    if existing:
+        with Persistency(place) as p:
+            p.open_job("a").put("c", (0,), b"0")
+    with Persistency(place, open_timeout=WAIT) as p:
+        with contextlib.suppress(KeyboardInterrupt), Interrupter(at) as interrupter:
+            p.open_job("a")
+        job = p.open_job("a")
+        job.put("c", (1,), b"x")
+        job.flush().result(WAIT)
+        assert job.count("c").result(WAIT) == (2 if existing else 1)
+        p.close(WAIT)
+        Claim(p._site.root.path("a")).release()  # type: ignore[arg-type]  # it has files
+    return interrupter.places
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+def test_an_interrupted_opening_leaves_nothing(place: Path, existing: bool) -> None:
+    """Wherever a Ctrl-C comes in `open_job`, nobody waits for it, nothing stays locked, and it can be opened again."""
+    places = opened_interrupted(place / "count", 10**9, existing=existing)
+    assert places > 100
+    for at in range(1, places + 1):
+        opened_interrupted(place / str(at), at, existing=existing)
+
+
+def test_an_interrupted_closing_of_a_job_without_a_thread_closes_it(place: Path) -> None:
+    """The same for `close`, which is done by its caller."""
+
+    def closed_interrupted(at: int) -> int:
+        with Persistency(place / str(at)) as p:
+            job = p.open_job("a")
+            with contextlib.suppress(KeyboardInterrupt), Interrupter(at) as interrupter:
+                job.close(WAIT)
+            job.close(WAIT)
+            assert p.open_job("a").count("c").result(WAIT) == 0
+        return interrupter.places
+
+    places = closed_interrupted(10**9)
+    assert places > 50
+    for at in range(1, places + 1):
+        closed_interrupted(at)
+
+
+def test_a_claim_that_is_dropped_is_given_up(place: Path) -> None:
+    """An interrupt may come when it is had, and nobody has it in hand yet."""
+    Claim(place / "a.db")
+    Claim(place / "a.db").release()
+    assert not list(files._claims)
+
+
+# -- forks and exits ---------------------------------------------------------------------------------------------------
+
+
+def child(act: Callable[[], object]) -> int:
+    """Fork; return how the child ended: 0 if `act` went well there."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads
+def test_a_fork_leaves_a_job_without_a_thread_as_it_is(place: Path, started: list[str]) -> None:
+    """In the child its handle is `Forked`, and other jobs have threads of their own; the parent's goes on napping."""
+    with Persistency(place) as p:
+        job = p.open_job("a")
+
+        def in_child() -> None:
+            pytest.raises(Forked, job.get, "c", (1,))
+            pytest.raises(Forked, job.put, "c", (1,), b"x")
+            with Persistency(place) as own:
+                own.open_job("b").put("c", (1,), b"x")
+                own["b"].flush().result(WAIT)
+
+        assert child(in_child) == 0
+        assert started == []
+        job.put("c", (1,), b"x")
+        job.flush().result(WAIT)
+        assert started == ["starter", "persistency:a"]
+        assert p.open_job("b").get("c", (1,)).result(WAIT) == b"x"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads
+def test_a_fork_in_the_middle_of_an_opening_opens_nothing_in_the_child(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller's clock, or a signal handler, may fork just then."""
+    real = DirectoryRoot.open
+    mine, codes = os.getpid(), []
+
+    def forks(root: DirectoryRoot, *args: Any) -> SqliteStore:
+        store = real(root, *args)
+        pid = os.fork()
+        if pid:
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        return store
+
+    monkeypatch.setattr(DirectoryRoot, "open", forks)
+    p = Persistency(place)
+    try:
+        job = p.open_job("a")
+    except Forked:
+        os._exit(7 if os.getpid() != mine else 1)
+    except BaseException:
+        os._exit(2)
+    if os.getpid() != mine:
+        os._exit(3)
+    assert codes == [7]
+    job.put("c", (1,), b"x")
+    job.flush().result(WAIT)
+    p.close(WAIT)
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_job_without_a_thread_is_left_in_order_at_exit(place: Path, write: bool) -> None:
+    """Without `close`: what was committed is there, no log is left, and nothing is said."""
+    ends = "import sys; from persistency import Persistency; job = Persistency(sys.argv[1]).open_job('a')\n"
+    ends += "job.put('c', (1,), b'x')\n" if write else "job.get('c', (1,)).result()\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", ends, str(place)], check=False, timeout=60, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    log = place / "a.db-wal"
+    assert not log.exists() or log.stat().st_size == 0
+    with contextlib.closing(sqlite3.connect(place / "a.db")) as found:
+        assert found.execute("SELECT value FROM meta WHERE name = 'clean'").fetchone() == (1,)
+        assert found.execute("SELECT count(*) FROM kv").fetchone() == (int(write),)
+
+
+def test_a_late_first_post_at_exit_is_written(place: Path) -> None:
+    """From a hook that runs after ours: there are no threads any more, and its poster serves himself."""
+    late = "import atexit, sys\natexit.register(lambda: (job.put('c', (1,), b'x'), job.flush().result()))\n"
+    late += "from persistency import Persistency; job = Persistency(sys.argv[1]).open_job('a')"
+    ended = subprocess.run([sys.executable, "-c", late, str(place)], check=False, timeout=60, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    with Persistency(place) as p:
+        assert p.open_job("a").get("c", (1,)).result(WAIT) == b"x"
