@@ -91,7 +91,13 @@ def _call(worker: Worker) -> None:
 
 def ends() -> bool:
     """Say whether the process is about to end: no thread can be relied on any more."""
-    return _exiting or not threading.main_thread().is_alive()
+    if _exiting:
+        return True
+    main = threading.main_thread()
+    if sys.version_info < (3, 13) and main.ident == threading.get_ident():
+        # What `is_alive` says in the end; there an interrupt that came just then had main taken for dead ever after.
+        return bool(getattr(main, "_is_stopped", False))
+    return not main.is_alive()
 
 
 def forget(worker: Worker) -> None:

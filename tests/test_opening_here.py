@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 
-from persistency import Closed, Corrupt, Forked, Job, Persistency
+from persistency import Closed, Corrupt, Forked, Job, Persistency, lifecycle
 from persistency.actor import starter
+from persistency.actor.worker import Worker
 from persistency.registry import Site
 from persistency.storage import files
 from persistency.storage.directory import DirectoryRoot
@@ -153,6 +154,36 @@ def test_what_is_due_at_once_gets_a_thread_at_once(place: Path, started: list[st
         assert started == ["persistency:rows", "persistency:ends"]
 
 
+def test_nobody_serves_himself_while_the_thread_of_a_job_is_on_its_way(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something was due at once: `open_job` returns with the thread started, but it hasn't done anything yet."""
+    may_go = threading.Event()
+    live = Worker._live
+    threads: list[int] = []
+    apply = SqliteStore.apply
+
+    def waits(worker: Worker) -> None:
+        assert may_go.wait(WAIT)
+        live(worker)
+
+    def applies(store: SqliteStore, *args: Any) -> list[Any]:
+        threads.append(threading.get_ident())
+        return apply(store, *args)
+
+    with Persistency(place) as p:
+        p.open_job("rows").put("c", (1,), b"x", ttl=3600)
+        p.close_job("rows", WAIT)
+        monkeypatch.setattr(Worker, "_live", waits)
+        monkeypatch.setattr(SqliteStore, "apply", applies)
+        job = p.open_job("rows")
+        job.put("c", (2,), b"x")
+        assert threads == []
+        may_go.set()
+        job.flush().result(WAIT)
+        assert threading.get_ident() not in threads[:1]
+
+
 def test_a_log_that_was_left_behind_and_stays_gets_a_thread_at_once(place: Path, started: list[str]) -> None:
     """It couldn't be cut off while it was opened, for somebody reads there: it is to be, and to be synced, later."""
     dies = "import os, sys; from persistency import Persistency; job = Persistency(sys.argv[1]).open_job('a')\n"
@@ -262,6 +293,27 @@ def test_without_a_thread_to_be_had_posts_are_served_all_the_same(
         assert job.count("c").result(WAIT) == 2
         job.close(WAIT)
         assert p.open_job("a").count("c").result(WAIT) == 2
+
+
+def test_what_is_thrown_into_the_starter_leaves_nobody_waiting(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told, and the job is served all the same, as are those that come after it."""
+    begin = lifecycle.begin
+
+    def thrown(worker: Worker, **how: Any) -> None:
+        if not how:  # by the starter
+            monkeypatch.setattr(lifecycle, "begin", begin)
+            raise SystemExit
+        begin(worker, **how)
+
+    with Persistency(place) as p:
+        monkeypatch.setattr(lifecycle, "begin", thrown)
+        for name in ("a", "b"):
+            p.open_job(name).put("c", (1,), b"x")
+            p[name].flush().result(WAIT)
+            assert p[name].count("c").result(WAIT) == 1
+    assert [record.persistency_event for record in caplog.records] == ["start_failed"]  # type: ignore[attr-defined]
 
 
 def test_a_call_for_a_thread_that_was_cut_short_is_made_good(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,8 +432,10 @@ def test_an_interrupted_opening_leaves_nothing(place: Path, existing: bool) -> N
         opened_interrupted(place / str(at), at, existing=existing)
 
 
-def test_an_interrupted_closing_of_a_job_without_a_thread_closes_it(place: Path) -> None:
-    """The same for `close`, which is done by its caller."""
+def test_an_interrupted_closing_of_a_job_without_a_thread_closes_it(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same for `close`, which is done by its caller; nothing was in hand, so nothing is told as harmed."""
 
     def closed_interrupted(at: int) -> int:
         with Persistency(place / str(at)) as p:
@@ -396,6 +450,26 @@ def test_an_interrupted_closing_of_a_job_without_a_thread_closes_it(place: Path)
     assert places > 50
     for at in range(1, places + 1):
         closed_interrupted(at)
+    assert [record.message for record in caplog.records if "poisoned" in record.message] == []
+
+
+def test_an_interrupt_while_main_is_asked_whether_it_lives_is_no_end(
+    place: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
+    """Before Python 3.13 main counted as dead ever after, and every poster as one that comes after the end."""
+    is_alive = threading.Thread.is_alive
+
+    def interrupted(thread: threading.Thread) -> bool:
+        if thread is threading.current_thread():
+            raise KeyboardInterrupt
+        return is_alive(thread)
+
+    if sys.version_info < (3, 13):
+        monkeypatch.setattr(threading.Thread, "is_alive", interrupted)
+    with Persistency(place) as p:
+        p.open_job("a").put("c", (1,), b"x")
+        p["a"].flush().result(WAIT)
+    assert started == ["starter", "persistency:a"]
 
 
 def test_a_claim_that_is_dropped_is_given_up(place: Path) -> None:

@@ -72,11 +72,14 @@ class Door(Sleeper):
             self._attendant = attendant
             self._open_ops = 0
 
+    def leave_to_thread(self) -> None:
+        """Note that a thread is about to come: nobody has to serve himself any more."""
+        self._attendant = None
+
     def attend(self) -> None:
-        """Note that the calling thread is the worker's: nobody has to serve himself."""
+        """Note that the calling thread is the worker's."""
         self.worker_thread = get_ident()
         self.never_waits.add(self.worker_thread)
-        self._attendant = None
 
     def leave(self) -> None:
         """Note that the calling thread is the worker's no more: the system gives its number to another one later."""

@@ -92,7 +92,8 @@ class Serving:
 
     def _fail(self, cause: BaseException, answers: list[Answer]) -> None:
         """Poison the job for a defect, or what somebody has thrown into this thread: nobody may be left waiting."""
-        if not self._ended:
+        # Of one that is closed, with nothing in hand, nothing can be harmed: its closing is gone on with.
+        if not self._ended and (self.mailbox.in_hand or not self.mailbox.ended):
             self.turns.poison(cause, "unknown", answers)
         if not self.opened.done():
             self._not_opened(cause, answers)

@@ -51,6 +51,7 @@ class Worker(Serving):
         thread = threading.Thread(target=self._run, name=f"persistency:{self._job_id}", daemon=True)
         try:
             self.unborn = False
+            self.mailbox.leave_to_thread()
             thread.start()
         except BaseException as error:
             with self._starting:
@@ -133,7 +134,12 @@ class Worker(Serving):
     def come(self, begin: Callable[[Worker], None]) -> None:
         """End the nap with `begin`; nothing happens if it is over already."""
         if self.mailbox.wake_up():
-            begin(self)
+            try:
+                begin(self)
+            except BaseException:  # thrown into whoever starts threads: nobody else would come
+                if not (self._begun or self._over):
+                    self.start_unattended()
+                raise
 
     def doze(self) -> None:
         """Wait for the first post, or a ring, before the store is opened. Instead of `start`, where there is a slot."""

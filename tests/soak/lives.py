@@ -157,12 +157,14 @@ class Quiet:
         """Return for how long its worker sleeps, once it does; `None`: until somebody comes."""
         self.wait(job)
         with self._changed:
-            return self._asleep[job._mailbox]
+            return self._asleep.get(job._mailbox)  # one without a thread naps until somebody comes
 
     def _wait(self, job: Job, seconds: float) -> bool:
         mailbox: Mailbox = job._mailbox
         with self._changed:
-            return self._changed.wait_for(lambda: mailbox in self._asleep and mailbox.idle, seconds)
+            return self._changed.wait_for(
+                lambda: (mailbox in self._asleep or mailbox.napping) and mailbox.idle, seconds
+            )
 
 
 # -- one step after the other ------------------------------------------------------------------------------------------
