@@ -53,7 +53,7 @@ class Job(Reads):
     def __init__(
         self,
         job_id: str,
-        path: Path | None,
+        find_path: Callable[[str], Path | None],
         mailbox: Mailbox,
         now_ms: Callable[[], int],
         statistics: Callable[[], Statistics],
@@ -61,7 +61,7 @@ class Job(Reads):
         *,
         keeps_changes: bool,
     ) -> None:
-        super().__init__(job_id, path, mailbox, now_ms, keeps_changes=keeps_changes)
+        super().__init__(job_id, find_path, mailbox, now_ms, keeps_changes=keeps_changes)
         self._statistics = statistics
         self._release = release
 

@@ -41,8 +41,8 @@ class Reader(Reads):
 
     __slots__ = ("_told", "_worker")
 
-    def __init__(self, job_id: str, path: Path | None, mailbox: Mailbox, worker: Worker) -> None:
-        super().__init__(job_id, path, mailbox, worker.clock.look_ms, keeps_changes=True)
+    def __init__(self, job_id: str, find_path: Callable[[str], Path | None], mailbox: Mailbox, worker: Worker) -> None:
+        super().__init__(job_id, find_path, mailbox, worker.clock.look_ms, keeps_changes=True)
         self._worker = worker
         self._told = isinstance(worker.store, Following)  # of what others commit
 
@@ -93,7 +93,12 @@ class Readers:
         self._open: dict[int, weakref.ref[Reader]] = {}
 
     def opening(
-        self, job_id: str, root: Readable, path: Path | None, read_ms: Callable[[], int], exit_timeout: float
+        self,
+        job_id: str,
+        root: Readable,
+        find_path: Callable[[str], Path | None],
+        read_ms: Callable[[], int],
+        exit_timeout: float,
     ) -> Generator[Reply[None], None, Reader]:
         """Open a reader of a job; yields the reply to wait for."""
         mailbox = Mailbox(_OPTIONS.bounds)
@@ -123,7 +128,7 @@ class Readers:
         except BaseException:
             worker.close()
             raise
-        return self._keep(Reader(job_id, path, mailbox, worker))
+        return self._keep(Reader(job_id, find_path, mailbox, worker))
 
     def _keep(self, reader: Reader) -> Reader:
         at, left = id(reader), self._open
@@ -167,7 +172,7 @@ class Reading(Closing):
     def _reading(self, job_id: str) -> Generator[Reply[None], None, Reader]:
         self._check_open()
         root = self._site.root
-        path = root.path(job_id)
+        root.path(job_id)
         if not isinstance(root, Readable):
             raise Misuse("jobs in memory have no readers: read them through their own handles")
-        return self._readers.opening(job_id, root, path, self._read_ms, self._exit_timeout)
+        return self._readers.opening(job_id, root, root.path, self._read_ms, self._exit_timeout)

@@ -32,19 +32,30 @@ _EVERYTHING = KeyRange()
 
 
 class Reads(Closing):
-    """What can be asked of a job. `id` is the job's, `path` its file (`None`: it has none)."""
+    """What can be asked of a job. `id` is the job's."""
 
-    __slots__ = ("__weakref__", "_closed", "_keeps_changes", "_mailbox", "_now_ms", "id", "path")
+    __slots__ = ("__weakref__", "_closed", "_find_path", "_keeps_changes", "_mailbox", "_now_ms", "id")
 
     def __init__(
-        self, job_id: str, path: Path | None, mailbox: Mailbox, now_ms: Callable[[], int], *, keeps_changes: bool
+        self,
+        job_id: str,
+        find_path: Callable[[str], Path | None],
+        mailbox: Mailbox,
+        now_ms: Callable[[], int],
+        *,
+        keeps_changes: bool,
     ) -> None:
         self.id: str = job_id
-        self.path: Path | None = path
+        self._find_path = find_path
         self._mailbox = mailbox
         self._now_ms = now_ms
         self._keeps_changes = keeps_changes
         self._closed = False
+
+    @property
+    def path(self) -> Path | None:
+        """The job's file; `None` if it has none."""
+        return self._find_path(self.id)  # few ask, and a `Path` costs as much as a statement
 
     def get(self, category: str, key: KeyLike) -> Reply[bytes | None]:
         """Ask for a payload; `None` if there is no such row."""

@@ -32,6 +32,7 @@ from persistency.job import Job
 from persistency.messages import name_ops
 from persistency.options import JobOptions, differing
 from persistency.slots import Place, Slots
+from persistency.storage.names import file_name
 from persistency.storage.port import Barrier, Restoring, Root, Store
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Site:
 
         Yields the replies to wait for on the way. `here`: its store may be opened in this thread.
         """
-        path = self.root.path(job_id)
+        file_name(job_id)  # or it is a bad id: nothing is looked up by it
         lease = object()
         while True:
             entry = self._join(job_id, given, lease, opener, here=here and self._near)
@@ -111,7 +112,7 @@ class Site:
                 continue
             try:
                 yield worker.opened
-                return self._handle(job_id, path, entry, lease, opener)
+                return self._handle(job_id, entry, lease, opener)
             except GivenUp:  # by somebody else: now it is opened by whoever comes first
                 self._leave(entry, lease)
             except BaseException as error:
@@ -121,7 +122,7 @@ class Site:
                     raise TimeoutError(why) from None
                 raise
 
-    def _handle(self, job_id: str, path: Path | None, entry: _Entry, lease: object, opener: Opener) -> Job:
+    def _handle(self, job_id: str, entry: _Entry, lease: object, opener: Opener) -> Job:
         worker = entry.worker
         assert worker is not None
 
@@ -132,7 +133,13 @@ class Site:
 
         keeps_changes = entry.options.feed_changes_max > 0
         return Job(
-            job_id, path, entry.mailbox, worker.clock.look_ms, worker.statistics, release, keeps_changes=keeps_changes
+            job_id,
+            self.root.path,
+            entry.mailbox,
+            worker.clock.look_ms,
+            worker.statistics,
+            release,
+            keeps_changes=keeps_changes,
         )
 
     def drop(self, job_id: str, *, aside: bool) -> Generator[Reply[Any], Any, list[Path]]:

@@ -173,6 +173,7 @@ FLOORS = [
     "storage.bulk",
     "storage.soundness",
     "storage.wal",
+    "storage.watch",
     "storage.looking",
     "storage.strangers",
     "storage.meta",

@@ -22,7 +22,6 @@ import os
 import stat
 import weakref
 from pathlib import Path
-from time import time_ns
 from typing import NamedTuple
 from zlib import crc32
 
@@ -33,7 +32,6 @@ from persistency.storage.openings import undisturbed
 LOG = "-wal"
 SIDECARS = (LOG, "-shm", "-journal")
 _RECORD_BYTES_MAX = 128
-_TICK_NS = 100_000_000
 
 
 # In a forked child these are the parent's, and stay so however long the child lives.
@@ -162,40 +160,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class Watch:
-    """Sees when a job's database or log is no longer what is found under its name."""
-
-    def __init__(self, name: str) -> None:
-        self._folder = os.open(os.path.dirname(name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._found = {path: identity(path) for path in (name, name + LOG)}
-        self._changed_ns = -1  # the directory's, when it was last looked through
-
-    def check(self, *, thorough: bool = False) -> None:
-        """Raise `Corrupt` if one of the files was removed, renamed or replaced; `thorough`: or is elsewhere by now."""
-        # That changes their directory, which is open: to look at it costs a third. So does renaming the directory.
-        changed_ns = os.fstat(self._folder).st_ctime_ns
-        if changed_ns == self._changed_ns and not thorough:
-            return
-        for path, found in self._found.items():
-            if identity(path) != found:
-                raise Corrupt(
-                    f"{path!r} was removed, renamed or replaced while it was open",
-                    hint="What was written since is lost; restore the job from a backup, or open what is there now.",
-                )
-        # Two changes within one tick of the file system's clock look like one: only an old enough one is trusted.
-        self._changed_ns = changed_ns if time_ns() - changed_ns > _TICK_NS else -1
-
-    def close(self) -> None:
-        """See nothing any more; a second call is nothing."""
-        if self._folder >= 0:
-            handle, self._folder = self._folder, -1
-            os.close(handle)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # it wasn't opened, or there is no `os` any more
-            self.close()
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:

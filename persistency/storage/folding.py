@@ -20,11 +20,12 @@ import apsw
 from persistency.errors import Corrupt, PersistencyError, StorageError
 from persistency.logfields import about
 from persistency.storage import schema
-from persistency.storage.files import Claim, Watch
+from persistency.storage.files import Claim
 from persistency.storage.pagecache import PageCache
 from persistency.storage.port import Barrier, Group, OutcomeUnknown, StoreOptions
 from persistency.storage.table import LATEST_MS, Table
 from persistency.storage.wal import WriteAheadLog
+from persistency.storage.watch import Watch
 
 log: logging.Logger = logging.getLogger("persistency.storage")
 

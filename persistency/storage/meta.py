@@ -9,7 +9,6 @@ Doesn't know: what the numbers are for, transactions.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,12 @@ from persistency.storage.schema import translated
 _NUMBER_MAX = 2**62
 
 # An id of ours is a text, and short; any other isn't read.
-_ID = "CASE WHEN typeof(value) = 'text' AND octet_length(value) <= 1024 THEN value ELSE 0 END"
+_ID_BYTES_MAX = 1024
+_ID = f"CASE WHEN typeof(value) = 'text' AND octet_length(value) <= {_ID_BYTES_MAX} THEN value ELSE 0 END"
 _JOB_ID = f"SELECT {_ID} FROM meta WHERE name = 'job_id'"
 # Ours are at most nine rows, and the first ones up to `used_ms`, in any file but one that others write notes into.
 _META_ROWS_MAX = 9
-_META = (
-    "SELECT CASE WHEN octet_length(name) <= 15 THEN name END,"
-    f" CASE WHEN typeof(value) = 'integer' THEN value WHEN name = 'job_id' THEN {_ID} END"
-    f" FROM meta WHERE name <= 'used_ms' LIMIT {_META_ROWS_MAX + 1}"
-)
+_META = f"SELECT name, value FROM meta WHERE name <= 'used_ms' LIMIT {_META_ROWS_MAX + 1}"
 # There by `IN`, though it takes twice as long: what looks at each row has no end in a hostile file.
 _META_AMONG_OTHERS = (
     f"SELECT name, CASE name WHEN 'job_id' THEN {_ID} ELSE value END FROM meta WHERE name IN"
@@ -79,8 +75,18 @@ def read_meta(connection: apsw.Connection) -> tuple[dict[str, int], object]:
 
 
 def _notes(connection: apsw.Connection) -> dict[str, Any]:
-    with contextlib.suppress(UnicodeDecodeError):  # in a name of somebody else's, or in the job's id
+    # SQLite refuses what takes up more than a page: to say so in SQL takes twice as long.
+    limit = connection.limit(apsw.SQLITE_LIMIT_LENGTH, _ID_BYTES_MAX)
+    try:
         found: list[tuple[Any, ...]] = connection.execute(_META).fetchall()
         if len(found) <= _META_ROWS_MAX:
-            return dict(found)
+            stored = dict(found)
+            its_id = stored.get("job_id", "")
+            if type(its_id) is not str or len(its_id) > _ID_BYTES_MAX:
+                stored["job_id"] = 0  # as in the other
+            return stored
+    except (UnicodeDecodeError, apsw.TooBigError):  # in a name of somebody else's, or in the job's id
+        pass
+    finally:
+        connection.limit(apsw.SQLITE_LIMIT_LENGTH, limit)
     return dict(connection.execute(_META_AMONG_OTHERS))

@@ -105,6 +105,9 @@ _WORDS = frozenset(
     + ["blob", "integer", "text", "(", ")", ",", '"', "`", "[", "]"]
 )
 
+# One by one, and each in a transaction of its own, they made an opening take an eighth longer.
+_LOOK = "PRAGMA user_version; PRAGMA encoding; SELECT type, name, sql FROM sqlite_schema"
+
 _SWITCHES = (
     (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),
     (apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0),
@@ -182,13 +185,16 @@ def connect(
     try:
         if not there.log:
             own_log(connection)  # it will be our own, and must not be left behind
-        found = recognise(connection, path)
+        found = recognise(connection, path, begin=True)
         if connection.readonly("main") and os.access(path, os.W_OK):
             raise Corrupt(f"{str(path)!r} says that nobody may write it", hint="Restore it from a backup.")
+        connection.execute(f"COMMIT; PRAGMA temp_store = memory; PRAGMA synchronous = {SYNCHRONOUS[durability]}")
         if found == 0:
             begins()
             connection.pragma("auto_vacuum", "incremental")  # so that space can be given back in slices
-        _set_up(connection, path, durability)
+        if (mode := connection.pragma("journal_mode", "wal")) != "wal":
+            raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
+        connection.wal_autocheckpoint(0)  # it runs inside COMMIT and can make a committed write look failed
         if found != FORMAT:
             migrate(connection, found)
     except (apsw.Error, UnicodeDecodeError) as error:
@@ -279,18 +285,21 @@ def _defend(connection: apsw.Connection) -> None:
     connection.execute("PRAGMA cell_size_check = 1; PRAGMA mmap_size = 0").fetchall()
 
 
-def recognise(connection: apsw.Connection, path: str | Path) -> int:
-    """Return the file's format (0: an empty file), reading only. Raises `Corrupt` for one that isn't ours."""
-    found = int(connection.pragma("user_version"))
-    if found > FORMAT:
-        raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
-    if (encoding := connection.pragma("encoding")) != "UTF-8":
-        raise Corrupt(f"{str(path)!r} isn't a job's file: its text is {encoding}")
-    definitions: list[tuple[Any, ...]] = [
-        definition
-        for definition in connection.execute("SELECT type, name, sql FROM sqlite_schema")
-        if definition[:2] not in _OF_ANALYZE
-    ]
+def recognise(connection: apsw.Connection, path: str | Path, *, begin: bool = False) -> int:
+    """Return the file's format (0: an empty file), reading only; with `begin`, in a transaction that is left open.
+
+    Raises `Corrupt` for a file that isn't ours, `SchemaTooNew` for one from a newer release.
+    """
+    rows = connection.execute("BEGIN;" + _LOOK if begin else _LOOK)
+    try:  # one by one, for in a newer file the next ones may make no sense
+        found = int(next(rows)[0])
+        if found > FORMAT:
+            raise SchemaTooNew(f"{str(path)!r} has format {found}; this release knows up to {FORMAT}")
+        if (encoding := next(rows)[0]) != "UTF-8":
+            raise Corrupt(f"{str(path)!r} isn't a job's file: its text is {encoding}")
+        definitions = [definition for definition in rows if definition[:2] not in _OF_ANALYZE]
+    finally:
+        rows.close(True)
     if found == FORMAT and set(definitions) in _AS_MADE:
         return found
     optional = {("table", name) for name in _OPTIONAL if found == FORMAT}
@@ -318,13 +327,6 @@ def _as_defined(connection: apsw.Connection, found: int, definitions: list[tuple
         for table in tables
     }
     return columns == tables and _WORDS.issuperset(chain(*words))
-
-
-def _set_up(connection: apsw.Connection, path: str | Path, durability: Durability) -> None:
-    if (mode := connection.pragma("journal_mode", "wal")) != "wal":
-        raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
-    connection.wal_autocheckpoint(0)  # it runs inside COMMIT and can make a committed write look failed
-    connection.execute(f"PRAGMA temp_store = memory; PRAGMA synchronous = {SYNCHRONOUS[durability]}")
 
 
 def migrate(connection: apsw.Connection, found: int) -> None:

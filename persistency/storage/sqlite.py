@@ -25,7 +25,7 @@ from persistency.errors import Corrupt, StorageError
 from persistency.logfields import about
 from persistency.storage import checking, copying, meta, schema
 from persistency.storage.beside import keep_beside
-from persistency.storage.files import Claim, Watch
+from persistency.storage.files import Claim
 from persistency.storage.folding import Folding
 from persistency.storage.group import OWN_FAULTS, Groups, ReadFault, intent
 from persistency.storage.pagecache import PageCache
@@ -47,6 +47,7 @@ from persistency.storage.port import (
 from persistency.storage.quota import USED, USED_MS
 from persistency.storage.table import LATEST_MS, POINT, Table
 from persistency.storage.wal import WriteAheadLog
+from persistency.storage.watch import Watch
 
 log: logging.Logger = logging.getLogger("persistency.storage")
 
@@ -88,6 +89,9 @@ class SqliteStore(Folding):
             if latest_ms > schema.TIME_MS_MAX:
                 raise Corrupt(f"the file's time, {latest_ms}, is beyond any clock's", hint="Restore it from a backup.")
             self._table = Table(connection, stored["last_version"], latest_ms)
+            self._knows_ends = False
+            if LATEST_MS in stored:
+                self._learn_ends()
             self._outdated = keep_beside(connection, self._table, options, stored)
         except (apsw.Error, UnicodeDecodeError) as error:
             raise schema.translated(error, "can't read what is kept beside the rows") from error
@@ -123,6 +127,12 @@ class SqliteStore(Folding):
                 if run == self._groups.apart or not isinstance(error, OWN_FAULTS):
                     raise self._failed(error) from error
                 run = self._groups.apart
+
+    def _learn_ends(self) -> None:
+        # With the opening only if the file says that there are any: else before anything is done with the rows, for
+        # somebody else may have put one there.
+        self._table.learn_ends()
+        self._knows_ends = True
 
     def _failed(self, error: Exception) -> StorageError:
         failed = schema.translated(error, "a group of writes failed")
@@ -172,6 +182,8 @@ class SqliteStore(Folding):
         """Answer one read message outside any group."""
         self._table.now_ms = now_ms
         try:
+            if not self._knows_ends:
+                self._learn_ends()
             self._cache.enlarge()
             self._begin_read()
             return self._groups.answer(message)
@@ -210,6 +222,8 @@ class SqliteStore(Folding):
     # -- transactions --------------------------------------------------------------------------------------------
 
     def _transaction(self, group: Group, run: Callable[..., list[Any]], refused: dict[int, Failed]) -> list[Any]:
+        if not self._knows_ends:
+            self._learn_ends()
         before = self._table.mark()
         writes, sync, barriers = intent(group)
         # With "power" every commit is synced already, but not what a killed process has left.

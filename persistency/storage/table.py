@@ -103,7 +103,7 @@ class Table:
         self._connection = connection
         # One cursor for everything: running the next statement resets the one before, so no read is left open.
         self.execute: Callable[..., Any] = connection.cursor().execute
-        self.next_expiry_ms = self._next_expiry()
+        self.next_expiry_ms: int | None = None  # see `learn_ends`
         self.answers: dict[type, Callable[[Any], Any]] = {
             SetRow: self.set_row,
             DropRow: self.drop_row,
@@ -214,10 +214,10 @@ class Table:
         if earliest is not None and (self.next_expiry_ms is None or earliest < self.next_expiry_ms):
             self.next_expiry_ms = earliest
 
-    def _next_expiry(self) -> int | None:
+    def learn_ends(self) -> None:
+        """Look for the first row that ends; text that somebody else has put there stands above every number."""
         found: list[tuple[int]] = self.execute(_NEXT_EXPIRY).fetchall()
-        # Text that somebody else has put there stands above every number.
-        return found[0][0] if found and type(found[0][0]) in (int, float) else None
+        self.next_expiry_ms = found[0][0] if found and type(found[0][0]) in (int, float) else None
 
     def set_row(self, message: SetRow) -> None:
         """Write one row with an end."""
@@ -289,7 +289,7 @@ class Table:
         count = self._connection.changes()
         self.version += named or bool(count and self.reaping_counts)
         if count < message.limit:
-            self.next_expiry_ms = self._next_expiry()
+            self.learn_ends()
         stays = self.next_expiry_ms is not None and self.next_expiry_ms <= self.now_ms
         if (stays and message.limit and not count) or (self.changes is not None and named != count):
             raise Corrupt("the index of ends names rows that aren't there", hint="Restore the job from a backup.")

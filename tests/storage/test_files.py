@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -574,6 +575,32 @@ def test_open_and_close_leak_no_descriptor(root: DirectoryRoot) -> None:
         store = root.open("alpha", OPTIONS)
         store.apply([b"c", b"k", b"v"], 1)
         assert descriptors(root)
+        store.close()
+    assert descriptors(root) == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_moved_file_is_seen_without_a_descriptor_to_be_had(
+    root: DirectoryRoot, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """What is at hand in any case, the names, is looked at for every commit; nothing else fails for it."""
+    store = root.open("alpha", OPTIONS)
+    if late:
+        store.apply([b"c", b"k", b"v"], 1)
+
+    def refuse(*_args: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        if not late:
+            patch.setattr(os, "open", refuse)
+        store.apply([b"c", b"l", b"v"], 1)
+        store.apply([b"c", b"m", b"v"], 1)
+        path = root.path("alpha")
+        path.rename(path.with_suffix(".elsewhere"))
+        with pytest.raises(Corrupt, match="removed, renamed or replaced"):
+            store.apply([b"c", b"n", b"v"], 1)
+    with pytest.raises(Corrupt, match="removed, renamed or replaced"):
         store.close()
     assert descriptors(root) == []
 

@@ -231,7 +231,7 @@ def tampered(root: DirectoryRoot, *statements: str, rows: int = 1) -> Path:
     "job_id",
     [
         "NULL", "7", "x'616c706861'", "'alpha' || char(0) || 'x'", "'beta'", "zeroblob(20000000)",
-        "printf('%.20000000c', 'a')", "CAST(x'ff' AS TEXT)", "''",
+        "printf('%.20000000c', 'a')", "printf('%.3000c', 'a')", "zeroblob(3000)", "CAST(x'ff' AS TEXT)", "''",
     ],
 )  # fmt: skip
 def test_a_file_with_another_job_id_is_refused(root: DirectoryRoot, job_id: str, rows: int) -> None:
@@ -259,6 +259,7 @@ def test_a_file_with_another_job_id_is_refused(root: DirectoryRoot, job_id: str,
         "INSERT INTO meta VALUES (CAST(x'ff41' AS TEXT), 1), (x'ff', 2), (printf('%.1000000c', 'a'), 3)",
         "INSERT INTO meta VALUES ('note', CAST(x'ff41' AS TEXT)), ('other', zeroblob(1000000))",
         "INSERT INTO meta VALUES (CAST(x'41ff' AS TEXT), 1), (printf('%.1000000c', 'b'), 2)",
+        "INSERT INTO meta VALUES ('a', printf('%.100000000c', 'b')), ('b', printf('%.3000c', 'b')), ('c', 1.5)",
     ],
 )
 def test_notes_of_others_are_left_alone(root: DirectoryRoot, statement: str) -> None:
