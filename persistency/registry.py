@@ -111,7 +111,9 @@ class Site:
                 yield entry.gone
                 continue
             try:
-                yield worker.opened
+                if not worker.opened.done():
+                    yield worker.opened
+                worker.opened.result()
                 return self._handle(job_id, entry, lease, opener)
             except GivenUp:  # by somebody else: now it is opened by whoever comes first
                 self._leave(entry, lease)

@@ -65,8 +65,13 @@ def settle_all(answers: Iterable[Answer]) -> None:
                 reply._result = value
                 if error is not None:
                     reply._exception = error
-                settled.append(reply)
-    _settle(settled, FINISHED)
+                waiting = reply._bells or reply._loops or reply._callbacks or reply._followers
+                if waiting or reply._made_condition is not None:
+                    settled.append(reply)
+                else:
+                    reply._state, reply._line = FINISHED, None
+    if settled:
+        _settle(settled, FINISHED)
 
 
 class Debts:

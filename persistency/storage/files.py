@@ -32,6 +32,7 @@ from persistency.storage.openings import undisturbed
 LOG = "-wal"
 SIDECARS = (LOG, "-shm", "-journal")
 _RECORD_BYTES_MAX = 128
+_SOON_MS = 1_000  # by so much a record may be late, and only if the process is killed
 
 
 # In a forked child these are the parent's, and stay so however long the child lives.
@@ -244,6 +245,13 @@ class Claim:
     def path(self) -> Path:
         """The file that is locked."""
         return Path(self._name)
+
+    def note_opening(self, version: int, used_ms: int, expires_ms: int | None) -> None:
+        """As `note`; but that a job was used again, soon after it was closed, isn't worth a write by itself."""
+        known = self.record
+        soon = known.used_ms is not None and 0 <= used_ms - known.used_ms <= _SOON_MS
+        if not soon or (known.version, known.expires_ms) != (version, expires_ms):
+            self.note(version, used_ms, expires_ms)
 
     def note(self, version: int, used_ms: int, expires_ms: int | None) -> None:
         """Write down what was on the medium, and when. A full disk is no reason to fail: it is a note."""

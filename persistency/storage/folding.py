@@ -120,11 +120,12 @@ class Folding:
             fields = about("file_not_tidied", None, error, path=self._claim.path)
             log.warning("a job's file couldn't be tidied up at close: %s", error, extra=fields)
 
-    def _take_note(self) -> None:
+    def _take_note(self, *, opening: bool = False) -> None:
         """Write down, beside the file, what it must hold from now on whatever happens to its log."""
         version = self._claim.record.version if self._log.unsynced else self._table.version
         used_ms = max(self._table.now_ms, self.options.now_ms)
-        self._claim.note(version, used_ms, self.expires_ms)
+        note = self._claim.note_opening if opening else self._claim.note
+        note(version, used_ms, self.expires_ms)
 
     def close(self, *, tidy: bool = True, now_ms: int = 0) -> None:
         """Close the file, if `tidy` in order, and give up its ownership, whatever happens.

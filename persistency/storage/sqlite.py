@@ -106,7 +106,7 @@ class SqliteStore(Folding):
             connection.set_wal_hook(self._on_commit)
             if left_log:
                 self._take_over(max(options.now_ms, latest_ms))
-            self._take_note()
+            self._take_note(opening=True)
         except BaseException:
             self._watch.close()
             raise

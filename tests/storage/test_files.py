@@ -509,6 +509,42 @@ def test_a_record_that_isnt_whole_says_who_had_the_job_and_no_more(lines: str, t
     assert lock.stat().st_size == 128
 
 
+@pytest.mark.parametrize(
+    ("record", "writes"),
+    [
+        ((7, 2_000, 9_000), 0),
+        ((7, 3_000, 9_000), 0),
+        ((7, 3_001, 9_000), 1),
+        ((7, 1_999, 9_000), 1),
+        ((8, 2_000, 9_000), 1),
+        ((7, 2_000, None), 1),
+        ((7, 2_000, 9_001), 1),
+    ],
+)
+def test_an_opening_is_noted_unless_it_comes_right_after_the_last_use(
+    record: tuple[int, int, int | None], writes: int, tmp_path: Path
+) -> None:
+    """Within a second the record stays as it is; whatever else has changed is written, and the next use in any case."""
+    claim = files.Claim(tmp_path / "a.db")
+    claim.note(7, 2_000, 9_000)
+    before = (tmp_path / "a.lock").read_bytes()
+    claim.note_opening(*record)
+    after = (tmp_path / "a.lock").read_bytes()
+    assert (after != before) == bool(writes)
+    assert claim.record[1:] == (record if writes else (7, 2_000, 9_000))
+    claim.note(7, 2_500, 9_000)
+    assert files.read_record(tmp_path / "a.lock") == files.Record(os.getpid(), 7, 2_500, 9_000)
+    claim.release()
+
+
+def test_an_opening_is_noted_where_nothing_was_known(tmp_path: Path) -> None:
+    """A lock file without a record gets one, whenever the job was used."""
+    claim = files.Claim(tmp_path / "a.db")
+    claim.note_opening(0, 0, None)
+    assert files.read_record(tmp_path / "a.lock") == files.Record(os.getpid(), 0, 0, None)
+    claim.release()
+
+
 def test_a_record_is_written_where_another_process_had_the_job(tmp_path: Path) -> None:
     """As soon as the job is claimed, its lock file says by whom, and what it said of the job is still there."""
     lock = tmp_path / "a.lock"
