@@ -32,6 +32,8 @@ from persistency.storage.port import PLACES, GetRow, Group
 
 T = TypeVar("T")
 
+CROWD_OPS_MIN = 512  # fewer are written too soon for anything to be done beside it
+
 _new_reply = Reply.__new__
 
 
@@ -193,6 +195,11 @@ class Mailbox(Door):
 
     def _ends(self) -> bool:
         return self.ended
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many operations wait that it is worth preparing for them."""
+        return self._ops >= CROWD_OPS_MIN
 
     def take(self, *, answers_ring: bool = False) -> Group:
         """Take the whole line, for who has the turn; `answers_ring`: and will look after all there is."""

@@ -158,6 +158,8 @@ class Serving:
         return True
 
     def _turn(self, taken: list[Group], answers: list[Answer]) -> None:
+        if self.mailbox.crowded:
+            self.turns.prepare()
         group = self.mailbox.take(answers_ring=True)
         if group:
             taken.append(group)

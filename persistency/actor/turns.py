@@ -33,7 +33,17 @@ from persistency.actor.tally import Tally
 from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, Corrupt, LeaseLost, Poisoned, StorageError
 from persistency.logfields import about
-from persistency.storage.port import Barrier, Failed, Group, OutcomeUnknown, PointReading, Prefetching, Store, writes
+from persistency.storage.port import (
+    Barrier,
+    Failed,
+    Group,
+    OutcomeUnknown,
+    PointReading,
+    Prefetching,
+    Preparing,
+    Store,
+    writes,
+)
 
 if TYPE_CHECKING:
     from persistency.actor.slowness import Slowness
@@ -139,6 +149,12 @@ class Turns:
         self.discards = True  # first: who begins to wait meanwhile looks once more
         if self._hurry is not None:
             self._hurry.set()
+
+    def prepare(self) -> None:
+        """Have the store begin with a group of many that is about to be taken."""
+        store = self.store
+        if not (store is None or self.discards or self.poisoned) and hasattr(store, "prepare"):
+            cast(Preparing, store).prepare()
 
     def decide(self, group: Group, answers: list[Answer]) -> None:
         """Run a group; add what is to be answered."""

@@ -29,9 +29,11 @@ import apsw
 SORT_ROWS_MIN = 64  # below that, sorting costs more than it saves
 # At once: the wider they are spread, the more of them come to one page. No more than characters of four bytes in UTF-8.
 SORT_ROWS_MAX = 2**17
-# Per statement, for whose end SQLite keeps each page as it was before. Fewer would be slower beside threads that keep
-# the interpreter busy: each statement may have to wait 5 ms for it.
-TOGETHER_ROWS_MAX = 4_096
+# Per statement. Fewer would be slower beside threads that keep the interpreter busy, as who puts is one: each statement
+# may have to wait 5 ms for it.
+TOGETHER_ROWS_MAX = 8_192
+# Of those that are spread over the file: for a statement's end SQLite keeps each page as it was before.
+SPREAD_ROWS_MAX = 4_096
 TOGETHER_BYTES_MAX = 4 * 1024 * 1024  # copied once
 _MARKS_KEPT = 65_536
 _END_DIGITS = 16
@@ -148,7 +150,7 @@ def _chunks(rows: Rows, step: int) -> Iterator[Chunk]:
     count = len(rows.keys)
     one_category = rows.categories.count(rows.categories[0]) == count
     if not one_category or (count >= SORT_ROWS_MIN and not _in_order(rows.keys)):
-        yield from _sorted(rows, step)
+        yield from _sorted(rows, min(step, SPREAD_ROWS_MAX))
     elif count <= step:
         yield _as_they_came(rows)
     else:

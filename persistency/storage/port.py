@@ -99,6 +99,7 @@ __all__ = [
     "ListRows",
     "OutcomeUnknown",
     "Prefetching",
+    "Preparing",
     "Readable",
     "Reap",
     "Restoring",
@@ -271,6 +272,17 @@ class PointReading(Protocol):
     def point_read(self, now_ms: Callable[[], int]) -> Callable[[bytes, bytes], bytes | None]:
         """Return what `get` does, as a function that asks `now_ms` for the time itself: only for a row that ends."""
         raise NotImplementedError
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A store that can begin with a group before it has it."""
+
+    def prepare(self) -> None:
+        """Do what can be done for a group of many writes before it is taken; what fails is for `apply` to find.
+
+        In a turn. Nothing is owed for it: the next thing asked for may be another.
+        """
 
 
 @runtime_checkable

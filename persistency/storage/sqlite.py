@@ -128,6 +128,17 @@ class SqliteStore(Folding):
                     raise self._failed(error) from error
                 run = self._groups.apart
 
+    def prepare(self) -> None:
+        """Begin the transaction of a group that is about to be taken; see the port.
+
+        Whoever waits for room goes on when the group is taken, and has the interpreter's lock as soon as it is given
+        away for a statement. Let that be the long one, beside which there is time for it, and not this.
+        """
+        with contextlib.suppress(apsw.Error, StorageError):
+            self._watch.check()
+            self._end_read()
+            self._execute("BEGIN IMMEDIATE")
+
     def _learn_ends(self) -> None:
         # With the opening only if the file says that there are any: else before anything is done with the rows, for
         # somebody else may have put one there.
@@ -228,7 +239,11 @@ class SqliteStore(Folding):
         writes, sync, barriers = intent(group)
         # With "power" every commit is synced already, but not what a killed process has left.
         sync = sync and (self.options.durability == "process" or self._log.unsynced)
+        # Asked of SQLite, not remembered: who prepared it may have been interrupted.
+        prepared = self._connection.txn_state("main") == apsw.SQLITE_TXN_WRITE and not sync
         if not writes and not sync:
+            if prepared:
+                self._end_read()
             if barriers:  # what they say is committed has to be there
                 self._watch.check()
             if len(group) > len(barriers) * PLACES:
@@ -237,12 +252,14 @@ class SqliteStore(Folding):
             outcomes = run(group, refused)
             self._make_smaller(barriers)
             return outcomes
-        self._watch.check(thorough=sync)
+        if not prepared:
+            self._watch.check(thorough=sync)
         try:
-            self._end_read()
-            if sync:
-                self._connection.pragma("synchronous", "full")
-            self._execute("BEGIN IMMEDIATE")
+            if not prepared:
+                self._end_read()
+                if sync:
+                    self._connection.pragma("synchronous", "full")
+                self._execute("BEGIN IMMEDIATE")
             self._table.tell(self._table.now_ms)
             changed = self._connection.total_changes()
             outcomes = run(group, refused)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fakes import WAIT, Actor, HeldStore
 
+from persistency.actor.mailbox import CROWD_OPS_MIN
 from persistency.errors import (
     Closed,
     Conflict,
@@ -23,7 +24,7 @@ from persistency.errors import (
     WriteFailed,
 )
 from persistency.ops import Check, Delete, Put
-from persistency.storage.port import Barrier, Batch, DropRow, Expect, GetRow, OutcomeUnknown
+from persistency.storage.port import Barrier, Batch, DropRow, Expect, GetRow, OutcomeUnknown, StoreOptions
 from tests.loops import InLoop
 
 
@@ -48,6 +49,65 @@ def test_all_that_waits_is_one_group() -> None:
         flush(actor)
         assert [len(group) // 3 for group in actor.store.groups[:2]] in ([1, 100], [1, 101])
         assert actor.worker.statistics().committed == 101
+
+
+class PreparedStore(HeldStore):
+    """A held store that can begin with a group before it has it; notes how many wait meanwhile."""
+
+    def __init__(self, options: StoreOptions | None = None) -> None:
+        super().__init__(options)
+        self.waiting: list[int] = []
+        self.mailbox: Any = None
+
+    def prepare(self) -> None:
+        """Note it."""
+        self.waiting.append(len(self.mailbox))
+
+
+def prepared_actor(**bounds: Any) -> tuple[Actor, PreparedStore]:
+    """Return an actor over such a store, with room for so many."""
+    store = PreparedStore()
+    actor = Actor(open_store=lambda: store, start=False, **bounds)
+    actor.store, store.mailbox = store, actor.mailbox
+    actor.worker.start()
+    actor.worker.opened.result(WAIT)
+    return actor, store
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_many_are_prepared_for_before_they_are_taken(many: bool) -> None:
+    """Who waits for room does so until the store has begun: then it has time to go on, while the store is busy."""
+    count = CROWD_OPS_MIN - (not many)
+    actor, store = prepared_actor(ops_max=count)
+    with actor:
+        actor.hold()
+        for number in range(count):
+            actor.put(b"%d" % number)
+        late = threading.Thread(target=actor.put, args=(b"late",))
+        late.start()
+        while not actor.mailbox._queue:
+            assert late.is_alive()
+        actor.let_go()
+        late.join(WAIT)
+        flush(actor)
+        assert store.waiting == [count] * many
+        assert actor.worker.statistics().committed == count + 2
+
+
+@pytest.mark.parametrize("end", ["poisoned", "discarded"])
+def test_nothing_is_prepared_that_is_not_going_to_be_run(end: str) -> None:
+    """What a poisoned job, or one that is closed without draining, refuses needs no transaction."""
+    actor, store = prepared_actor()
+    actor.hold()
+    for number in range(CROWD_OPS_MIN):
+        actor.put(b"%d" % number)
+    if end == "poisoned":
+        store.errors.append(Corrupt("broken"))
+    else:
+        actor.worker.close(drain=False)
+    actor.close()
+    assert store.waiting == []
+    assert actor.worker.statistics().failed >= CROWD_OPS_MIN
 
 
 def test_a_request_that_finds_the_job_idle_is_run_by_its_caller() -> None:

@@ -277,10 +277,18 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @swallowed
 @pytest.mark.usefixtures("little")
+@pytest.mark.parametrize("prepared", [False, True], ids=["as it comes", "prepared"])
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize(("operation", "code", "kind"), FAULTS)
 def test_every_fault_leaves_a_prefix(
-    operation: str, code: int, kind: type, sticky: bool, root: DirectoryRoot, disk: FaultyDisk, fresh: Callable[[], Any]
+    operation: str,
+    code: int,
+    kind: type,
+    sticky: bool,
+    prepared: bool,
+    root: DirectoryRoot,
+    disk: FaultyDisk,
+    fresh: Callable[[], Any],
 ) -> None:
     """Whichever read or write fails, nothing of the group is there; then it works, and no version is given twice."""
     model = expected_of_script(fresh)
@@ -293,6 +301,8 @@ def test_every_fault_leaves_a_prefix(
         disk.arm(operation, at, code, sticky=sticky)
         version = fired = 0
         for messages, (right, _, last) in zip(script(), model, strict=True):
+            if prepared:
+                store.prepare()
             try:
                 outcomes = store.apply(group(*messages), 1)
             except OutcomeUnknown:
