@@ -269,21 +269,27 @@ def out_of_threads(*_: Any) -> None:
     raise RuntimeError("can't start new thread")
 
 
+def out_of_memory(*_: Any) -> None:
+    """Refuse, as Python does where there is none for what a thread begins with."""
+    raise MemoryError
+
+
+@pytest.mark.parametrize("refuses", [out_of_threads, out_of_memory])
 @pytest.mark.parametrize("who", ["starter", "thread"])
 def test_without_a_thread_to_be_had_posts_are_served_all_the_same(
-    place: Path, monkeypatch: pytest.MonkeyPatch, who: str
+    place: Path, monkeypatch: pytest.MonkeyPatch, who: str, refuses: Callable[..., None]
 ) -> None:
     """Out of threads: by the poster himself, or by whoever should have started it."""
     with Persistency(place) as p:
         job = p.open_job("a")
         if who == "starter":
-            monkeypatch.setattr(starter, "start_new_thread", out_of_threads)
+            monkeypatch.setattr(starter, "start_new_thread", refuses)
         else:
             start = threading.Thread.start
             monkeypatch.setattr(
                 threading.Thread,
                 "start",
-                lambda thread: out_of_threads() if thread.name == "persistency:a" else start(thread),
+                lambda thread: refuses() if thread.name == "persistency:a" else start(thread),
             )
         job.put("c", (1,), b"x")
         if who == "starter":
@@ -326,11 +332,38 @@ def test_a_call_for_a_thread_that_was_cut_short_is_made_good(place: Path, monkey
         job = p.open_job("a")
         with monkeypatch.context() as patch:
             patch.setattr(starter, "start_new_thread", interrupted)
-            patch.setattr(starter.starter, "_lives", False)
             pytest.raises(KeyboardInterrupt, job.put, "c", (1,), b"x")
-        job.put("c", (2,), b"x")
-        job.flush().result(WAIT)
+        other = p.open_job("b")
+        for late in (other, job):
+            late.put("c", (2,), b"x")
+            late.flush().result(WAIT)
         assert job.count("c").result(WAIT) == 2
+        assert other.count("c").result(WAIT) == 1
+
+
+def test_of_two_first_posters_without_a_thread_to_be_had_neither_relies_on_the_other(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of threads: who came while another one tried in vain is served all the same."""
+    tries, may_go = threading.Event(), threading.Event()
+
+    def tries_in_vain(*_: Any) -> None:
+        if not tries.is_set():
+            tries.set()
+            assert may_go.wait(WAIT)
+        out_of_threads()
+
+    with Persistency(place) as p:
+        first, second = p.open_job("a"), p.open_job("b")
+        monkeypatch.setattr(starter, "start_new_thread", tries_in_vain)
+        posting = in_thread(lambda: first.put("c", (1,), b"x"))
+        assert tries.wait(WAIT)
+        second.put("c", (1,), b"x")
+        may_go.set()
+        posting.result(WAIT)
+        for job in (first, second):
+            job.flush().result(WAIT)
+            assert job.statistics().committed == 1
 
 
 # -- opening at once ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ They leave a note; a thread that the system makes at once, and that ends with th
 
 Rules:
   1. To leave a note never waits and calls no code of anybody's, so a signal handler or `__del__` may do it.
-  2. A note is left first and a thread seen to afterwards: with one there, or on its way, somebody looks at all notes.
+  2. A note is left first and a thread seen to afterwards: one that is there looks at all notes before it ends. One that
+     is only on its way may never come, so until it is there everybody makes one of his own, or is told that he can't.
 
 Doesn't know: what is started.
 """
@@ -26,26 +27,22 @@ class Starter:
 
     def __init__(self) -> None:
         self._notes: SimpleQueue[Callable[[], object]] = SimpleQueue()
-        self._lives = False
+        self._lives = False  # set by the threads alone: one is there, and looks again after it has set this back
 
     def note(self, act: Callable[[], object]) -> None:
         """Have something done in another thread, soon. Raises `RuntimeError` if there is none to be had."""
         self._notes.put(act)
         if not self._lives:
-            self._lives = True
-            try:
-                start_new_thread(self._run, ())
-            except RuntimeError:
-                self._lives = False
-                raise
+            start_new_thread(self._run, ())
 
     def _run(self) -> None:
+        self._lives = True
         while True:
             try:
                 self._notes.get_nowait()()
             except Empty:
                 self._lives = False
-                # Two of them, if somebody has just made another one, do no harm.
+                # Several of them do no harm.
                 if self._notes.empty():
                     return
                 self._lives = True

@@ -126,7 +126,7 @@ class Worker(Serving):
         try:
             self._call(self)
             self._called = True
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             self._over = True
             self.mailbox.wake_up()
             self.mailbox.unattend(self._serve_late)
