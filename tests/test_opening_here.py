@@ -604,3 +604,37 @@ def test_a_late_first_post_at_exit_is_written(place: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
     with Persistency(place) as p:
         assert p.open_job("a").get("c", (1,)).result(WAIT) == b"x"
+
+
+def test_what_waits_for_a_thread_that_was_called_for_is_not_written_by_whoever_ends_the_interpreter(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is locked, or a full disk, would hold the exit up beyond `exit_timeout`."""
+    may_come = threading.Event()
+    come, apply = Worker.come, SqliteStore.apply
+    threads: list[int] = []
+
+    def comes(worker: Worker, *args: Any) -> None:
+        assert may_come.wait(WAIT)
+        come(worker, *args)
+
+    def applies(store: SqliteStore, *args: Any) -> list[Any]:
+        threads.append(threading.get_ident())
+        return apply(store, *args)
+
+    monkeypatch.setattr(Worker, "come", comes)
+    monkeypatch.setattr(SqliteStore, "apply", applies)
+    with Persistency(place) as p:
+        job = p.open_job("a")
+        job.put("c", (1,), b"x")
+        worker = p._site._entries["a"].worker
+        assert worker is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(lifecycle, "_exiting", True)
+            retired = worker.retire()
+            assert not retired.done()
+            may_come.set()
+            retired.result(WAIT)
+        assert job.statistics().committed == 1
+        assert threads
+        assert threading.get_ident() not in threads

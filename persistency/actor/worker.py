@@ -194,8 +194,10 @@ class Worker(Serving):
 
     def retire(self) -> Reply[None]:
         """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
-        napped = self.mailbox.napping and self.mailbox.wake_up()
-        if not napped and self._wakes_nobody():
+        # Who was called for writes what waits: it may take any time, and whoever ends the interpreter waits only so long.
+        comes = self._called and self.mailbox.napping
+        napped = not comes and self.mailbox.napping and self.mailbox.wake_up()
+        if not (comes or napped) and self._wakes_nobody():
             self.start_unattended()
         elif self._retired is None:
             self._retired = pending(self.mailbox, reads=False)
