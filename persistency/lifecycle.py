@@ -86,7 +86,8 @@ def _call(worker: Worker) -> None:
     """Have a worker that naps begun, by whoever starts threads. Raises `RuntimeError` if nobody can."""
     if _exiting:
         raise RuntimeError("no thread is started any more")
-    starter.note(partial(worker.come, begin))
+    # In a thread even when main has ended: there it holds up nobody else, and the exit hook is still to come.
+    starter.note(partial(worker.come, Worker.start))
 
 
 def ends() -> bool:

@@ -112,6 +112,11 @@ class Site:
                 continue
             try:
                 if not worker.opened.done():
+                    if entry.mailbox.waits_for_itself():
+                        raise Misuse(
+                            f"job {job_id!r} is being opened by this very thread, interrupted for this call",
+                            hint="In a signal handler use jobs that are open.",
+                        )
                     yield worker.opened
                 worker.opened.result()
                 return self._handle(job_id, entry, lease, opener)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from persistency import Closed, Corrupt, Forked, Job, Persistency, lifecycle
+from persistency import Closed, Corrupt, Forked, Job, Misuse, Persistency, lifecycle
 from persistency.actor import starter
 from persistency.actor.worker import Worker
 from persistency.registry import Site
@@ -305,16 +305,14 @@ def test_what_is_thrown_into_the_starter_leaves_nobody_waiting(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is told, and the job is served all the same, as are those that come after it."""
-    begin = lifecycle.begin
+    start = Worker.start
 
-    def thrown(worker: Worker, **how: Any) -> None:
-        if not how:  # by the starter
-            monkeypatch.setattr(lifecycle, "begin", begin)
-            raise SystemExit
-        begin(worker, **how)
+    def thrown(_worker: Worker) -> None:
+        monkeypatch.setattr(Worker, "start", start)
+        raise SystemExit
 
     with Persistency(place) as p:
-        monkeypatch.setattr(lifecycle, "begin", thrown)
+        monkeypatch.setattr(Worker, "start", thrown)
         for name in ("a", "b"):
             p.open_job(name).put("c", (1,), b"x")
             p[name].flush().result(WAIT)
@@ -367,6 +365,30 @@ def test_of_two_first_posters_without_a_thread_to_be_had_neither_relies_on_the_o
 
 
 # -- opening at once ---------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_handler_that_opens_what_it_interrupts_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else could open it before the handler is over; whoever was interrupted gets the job."""
+    told: list[BaseException] = []
+
+    def handle(*_: object) -> None:
+        with pytest.raises(Misuse, match="is being opened by this very thread") as caught:
+            p.open_job("a")
+        told.append(caught.value)
+        with p.open_job("b") as other:  # any other is opened as ever
+            other.put("c", (1,), b"x")
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    openings(monkeypatch, lambda number: number == 1 and signal.raise_signal(signal.SIGUSR1))
+    try:
+        with Persistency(place) as p:
+            job = p.open_job("a")
+            assert len(told) == 1
+            job.put("c", (1,), b"x")
+            job.flush().result(WAIT)
+            assert p.open_job("a") is job
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_of_many_who_open_at_once_one_opens(place: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:

@@ -194,7 +194,7 @@ class Worker(Serving):
 
     def retire(self) -> Reply[None]:
         """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
-        # Who was called for writes what waits: it may take any time, and whoever ends the interpreter waits only so long.
+        # Who was called for writes what waits: that may take any time, and whoever ends the interpreter has little.
         comes = self._called and self.mailbox.napping
         napped = not comes and self.mailbox.napping and self.mailbox.wake_up()
         if not (comes or napped) and self._wakes_nobody():
