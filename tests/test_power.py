@@ -157,10 +157,10 @@ def test_a_cut_while_a_new_file_gets_its_first_page() -> None:
     with scratch() as place:
         life = one_life(place / "life", 1, Plan(), steps=1)
         places = [at for at in range(life.opened) if life.log[at].what == "sync"]
-        cuts = [(at, "any", f"{SEED}, {at}, {number}") for at in places for number in range(30)]
+        cuts = [(at, "any", f"{SEED}, {at}, {number}") for at in places for number in range(120)]
         judge_cuts(life, cuts, place, totals)
     assert not totals.findings, totals.findings
-    assert totals.images >= 60
+    assert totals.images >= 240
 
 
 # -- the harness itself -----------------------------------------------------------------------------------------------

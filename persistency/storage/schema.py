@@ -188,13 +188,15 @@ def connect(
         found = recognise(connection, path, begin=True)
         if connection.readonly("main") and os.access(path, os.W_OK):
             raise Corrupt(f"{str(path)!r} says that nobody may write it", hint="Restore it from a backup.")
-        connection.execute(f"COMMIT; PRAGMA temp_store = memory; PRAGMA synchronous = {SYNCHRONOUS[durability]}")
+        connection.execute("COMMIT")
         if found == 0:
             begins()
             connection.pragma("auto_vacuum", "incremental")  # so that space can be given back in slices
         if (mode := connection.pragma("journal_mode", "wal")) != "wal":
             raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
         connection.wal_autocheckpoint(0)  # it runs inside COMMIT and can make a committed write look failed
+        # Only now: the journal that a new file has until then needs every one of its syncs.
+        connection.execute(f"PRAGMA temp_store = memory; PRAGMA synchronous = {SYNCHRONOUS[durability]}")
         if found != FORMAT:
             migrate(connection, found)
     except (apsw.Error, UnicodeDecodeError) as error:

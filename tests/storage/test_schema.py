@@ -117,6 +117,15 @@ def test_a_fresh_file_stands_without_its_log(root: DirectoryRoot) -> None:
     assert look(copy, "PRAGMA user_version") == [(2,)]
 
 
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_a_fresh_files_journal_gets_all_of_its_syncs(
+    root: DirectoryRoot, disk: FaultyDisk, durability: Durability
+) -> None:
+    """Until it has a log, a file has a journal, which a power cut tears unless its head is synced after the rest."""
+    DirectoryRoot(root.directory, vfs=disk.name).open("alpha", StoreOptions(durability=durability)).close()
+    assert disk.calls.count(("sync", "other")) == 4  # twice for each of its two transactions
+
+
 def test_an_empty_file_is_new(root: DirectoryRoot) -> None:
     """An empty file counts as new, beside an empty log too."""
     root.directory.mkdir()
