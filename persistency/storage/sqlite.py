@@ -56,6 +56,8 @@ T = TypeVar("T")
 CHECKPOINT_IDLE_PAGES = 4_000  # with nobody waiting, or somebody for whom it had better be short
 CHECKPOINT_FORCED_PAGES = 12_000  # 48 MB of log: now, whoever waits
 
+_PAYLOAD = "SELECT CAST(payload AS BLOB) FROM kv WHERE category = ? AND key = ?"  # where no row ends
+
 
 class SqliteStore(Folding):
     """A job's rows in one SQLite file, `path`, whose ownership, `claim`, is given up at `close`.
@@ -167,8 +169,13 @@ class SqliteStore(Folding):
         def get(category: bytes, key: bytes) -> bytes | None:
             try:
                 if not connection.in_transaction:
+                    if not self._knows_ends:
+                        self._learn_ends()
                     self._cache.enlarge()
                     self._begin_read()
+                if not table.has_ends:
+                    row = execute(_PAYLOAD, (category, key)).fetchone()
+                    return None if row is None else row[0]
                 row = execute(POINT, (category, key)).fetchone()  # as `Table.get` does
             except apsw.Error as error:
                 raise self._read_failed(error) from error

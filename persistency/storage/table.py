@@ -103,7 +103,8 @@ class Table:
         self._connection = connection
         # One cursor for everything: running the next statement resets the one before, so no read is left open.
         self.execute: Callable[..., Any] = connection.cursor().execute
-        self.next_expiry_ms: int | None = None  # see `learn_ends`
+        self.next_expiry_ms: int | None = None  # see `learn_ends`, and so is this:
+        self.has_ends = True  # there may be a row with one
         self.answers: dict[type, Callable[[Any], Any]] = {
             SetRow: self.set_row,
             DropRow: self.drop_row,
@@ -205,18 +206,19 @@ class Table:
         else:
             self.execute(_ONE_ENDING, (*row, end))
         if self.changes is not None:
-            category, key, payload, version = row
-            self.changes.add(version, "put", category, key, payload)
+            self.changes.add(row[3], "put", *row[:3])
 
     def _expect_ends(self, ends: Sequence[int | None]) -> None:
         known = ends if None not in ends else [end for end in ends if end is not None]
         earliest: int | None = min(known, default=None)  # type: ignore[type-var]  # no None is among them
+        self.has_ends = self.has_ends or earliest is not None
         if earliest is not None and (self.next_expiry_ms is None or earliest < self.next_expiry_ms):
             self.next_expiry_ms = earliest
 
     def learn_ends(self) -> None:
         """Look for the first row that ends; text that somebody else has put there stands above every number."""
         found: list[tuple[int]] = self.execute(_NEXT_EXPIRY).fetchall()
+        self.has_ends = bool(found)
         self.next_expiry_ms = found[0][0] if found and type(found[0][0]) in (int, float) else None
 
     def set_row(self, message: SetRow) -> None:
@@ -300,9 +302,7 @@ class Table:
     def get(self, category: bytes, key: bytes, now_ms: int) -> bytes | None:
         """Return a live row's payload, or `None`."""
         row = self.execute(POINT, (category, key)).fetchone()
-        if row is None or (row[1] is not None and row[1] <= now_ms):
-            return None
-        payload: bytes = row[0]
+        payload: bytes | None = None if row is None or (row[1] is not None and row[1] <= now_ms) else row[0]
         return payload
 
     def has(self, message: HasRow) -> bool:

@@ -36,6 +36,8 @@ from persistency.storage.port import (
     SetRow,
     StoredRow,
     StoreOptions,
+    SwapRow,
+    TouchRow,
 )
 from persistency.storage.sqlite import SqliteStore
 from persistency.testing import batch, dump, group, put
@@ -881,6 +883,36 @@ def test_a_plain_put_clears_an_expiry(expiring: SqliteStore, count: int) -> None
         expiring.apply(group(*rows, put(b"c", b"e", b"new")), EXPIRES)
         row = expiring.read(GetEntry(b"c", b"e"), 10**15)
         assert (row.payload, row.expires_ms) == (b"new", None)
+
+
+@pytest.mark.parametrize("sets", ["a put", "a touch", "a swap"])
+def test_a_point_read_looks_at_ends_as_soon_as_there_are_some(store: SqliteStore, sets: str) -> None:
+    """While no row ends its end isn't read; from the first one on it is, and no longer once all of them are reaped."""
+
+    def columns() -> int:
+        with statements(store) as ran:
+            assert store.get(b"c", b"first", 1) == b"1"
+        return max(sql.count("CAST") for sql in ran)
+
+    setting = {
+        "a put": SetRow(b"c", b"e", b"v", EXPIRES, b""),
+        "a touch": TouchRow(b"c", b"e", EXPIRES),
+        "a swap": SwapRow(b"c", b"e", b"v", b"w", EXPIRES),
+    }[sets]
+    store.apply(group(put(b"c", b"e", b"v")), 1)
+    assert columns() == 1
+    store.apply(group(setting), 1)
+    assert columns() == 2
+    assert store.get(b"c", b"e", EXPIRES - 1) is not None
+    assert store.get(b"c", b"e", EXPIRES) is None
+    assert store.reap(EXPIRES, 10) == 1
+    assert columns() == 1
+
+
+def test_a_point_read_that_comes_first_finds_ends_of_others(root: DirectoryRoot, expiring: SqliteStore) -> None:
+    """Nobody has said that there are any, and nothing else was asked before."""
+    assert expiring.get(b"c", b"e", EXPIRES - 1) == b"1"
+    assert expiring.get(b"c", b"e", EXPIRES) is None
 
 
 def test_other_tools_may_have_written_text(root: DirectoryRoot) -> None:
