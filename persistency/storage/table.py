@@ -104,7 +104,7 @@ class Table:
         # One cursor for everything: running the next statement resets the one before, so no read is left open.
         self.execute: Callable[..., Any] = connection.cursor().execute
         self.next_expiry_ms: int | None = None  # see `learn_ends`, and so is this:
-        self.has_ends = True  # there may be a row with one
+        self.has_ends: bool = True  # there may be a row with one
         self.answers: dict[type, Callable[[Any], Any]] = {
             SetRow: self.set_row,
             DropRow: self.drop_row,
