@@ -14,7 +14,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -82,14 +81,6 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Steady:
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Quiet:
     """Tell when a worker sleeps."""
     return Quiet(monkeypatch)
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """An empty directory, in memory where there is one: syncs are counted, and no power is cut."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(os.path.realpath(directory))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -61,14 +60,6 @@ from tests.test_engine import WAIT, Gate, in_thread, openings, together
 
 LIMITS: list[dict[str, Any]] = [{}, {"max_live_jobs": 2}]
 NEVER = Check("c", ("never",), 10**6)  # a check that fails
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """An empty directory, in memory where there is one: jobs are opened by the hundred, and no power is cut."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(os.path.realpath(directory))
 
 
 @pytest.fixture

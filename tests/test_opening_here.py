@@ -12,7 +12,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -33,14 +32,6 @@ from persistency.storage.sqlite import SqliteStore
 from .test_worker_death import Interrupter
 
 WAIT = 20.0
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """An empty directory, in memory where there is one."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(os.path.realpath(directory))
 
 
 @pytest.fixture

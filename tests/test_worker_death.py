@@ -12,10 +12,8 @@ import asyncio
 import contextlib
 import ctypes
 import itertools
-import os
 import random
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -276,14 +274,6 @@ def sweep(place: Path, piece: str, seed: int, share: float) -> Iterator[tuple[Th
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """An empty directory, in memory where there is one."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(os.path.realpath(directory))
 
 
 @pytest.fixture(params=[{}, {"max_live_jobs": 2}], ids=str)

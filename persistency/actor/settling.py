@@ -68,7 +68,7 @@ def settle_all(answers: Iterable[Answer]) -> None:
                 waiting = reply._bells or reply._loops or reply._callbacks or reply._followers
                 if waiting or reply._made_condition is not None:
                     settled.append(reply)
-                else:
+                else:  # nobody is to be told
                     reply._state, reply._line = FINISHED, None
     if settled:
         _settle(settled, FINISHED)

@@ -30,7 +30,7 @@ class Starter:
         self._lives = False  # set by the threads alone: one is there, and looks again after it has set this back
 
     def note(self, act: Callable[[], object]) -> None:
-        """Have something done in another thread, soon. Raises `RuntimeError` if there is none to be had."""
+        """Have something done in another thread, soon. Raises `RuntimeError` or `MemoryError` if none can be had."""
         self._notes.put(act)
         if not self._lives:
             start_new_thread(self._run, ())

@@ -7,8 +7,8 @@ import itertools
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import persistency
 from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import Store, StoreOptions
+from persistency.storage.sqlite import SqliteStore
 
 _numbers = itertools.count()
 
@@ -88,20 +89,28 @@ class FaultyFile(apsw.VFSFile):
         super().xSync(flags)
 
 
+@contextmanager
+def statements(store: SqliteStore) -> Iterator[list[str]]:
+    """Collect the statements a store runs."""
+    ran: list[str] = []
+
+    def note(_cursor: Any, sql: str, _bindings: Any) -> bool:
+        ran.append(sql)
+        return True
+
+    store._connection.exec_trace = note
+    try:
+        yield ran
+    finally:
+        store._connection.exec_trace = None
+
+
 @pytest.fixture
 def disk() -> Iterator[FaultyDisk]:
     """A file system that fails on command."""
     made = FaultyDisk()
     yield made
     made.unregister()
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """An empty directory, in memory where there is one: these tests open thousands of jobs, and no power is cut."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(os.path.realpath(directory))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from persistency.storage.directory import DirectoryRoot
 from persistency.storage.port import Barrier, CountRange, Expect, GetRow, ScanRange, StoreOptions
 from persistency.storage.sqlite import SqliteStore
 from persistency.testing import batch, dump, group, put
-from tests.storage.conftest import FaultyDisk, fault
+from tests.storage.conftest import FaultyDisk, fault, statements
 
 
 @pytest.fixture
@@ -28,20 +28,9 @@ def store(root: DirectoryRoot) -> Iterator[SqliteStore]:
     opened.close()
 
 
-@contextmanager
-def statements(store: SqliteStore) -> Iterator[list[str]]:
-    """Collect the first word of each statement a store runs."""
-    ran: list[str] = []
-
-    def note(_cursor: Any, sql: str, _bindings: Any) -> bool:
-        ran.append(sql.split()[0])
-        return True
-
-    store._connection.exec_trace = note
-    try:
-        yield ran
-    finally:
-        store._connection.exec_trace = None
+def words(ran: list[str]) -> list[str]:
+    """Return the first word of each statement."""
+    return [sql.split()[0] for sql in ran]
 
 
 def writing(store: SqliteStore) -> bool:
@@ -63,9 +52,9 @@ def test_a_prepared_group_of_writes_takes_the_statements_of_any_other(store: Sql
     store._connection.execute("ROLLBACK")
     with statements(store) as of_prepared:
         store.prepare()
-        assert of_prepared == ["BEGIN"]
+        assert words(of_prepared) == ["BEGIN"]
         store.apply(group(*ROWS), 1)
-    assert of_prepared == [word for word in of_one if word != "COMMIT"] + ["COMMIT"]
+    assert words(of_prepared) == [word for word in words(of_one) if word != "COMMIT"] + ["COMMIT"]
     assert not store._connection.in_transaction
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from persistency.storage.port import (
 )
 from persistency.storage.sqlite import SqliteStore
 from persistency.testing import batch, dump, group, put
-from tests.storage.conftest import FaultyDisk, fault, run_child
+from tests.storage.conftest import FaultyDisk, fault, run_child, statements
 
 OPTIONS = StoreOptions()
 
@@ -54,22 +53,6 @@ def store(root: DirectoryRoot) -> Iterator[SqliteStore]:
     opened.apply(group(put(b"c", b"first", b"1")), 1)
     yield opened
     opened.close()
-
-
-@contextmanager
-def statements(store: SqliteStore) -> Iterator[list[str]]:
-    """Collect the statements a store runs, each by what it begins with."""
-    ran: list[str] = []
-
-    def note(_cursor: Any, sql: str, _bindings: Any) -> bool:
-        ran.append(sql)
-        return True
-
-    store._connection.exec_trace = note
-    try:
-        yield ran
-    finally:
-        store._connection.exec_trace = None
 
 
 def heads(ran: list[str]) -> list[str]:
