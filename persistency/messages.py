@@ -46,6 +46,7 @@ from persistency.storage.port import (
     Expect,
     GetEntry,
     GetRows,
+    Group,
     HasRow,
     ListChanges,
     ListEntries,
@@ -61,6 +62,7 @@ from persistency.storage.port import (
 NowMs = Callable[[], int]
 # A call of a NamedTuple takes twice as long.
 _make_set_row: Callable[[tuple[bytes, bytes, bytes, int, Ttl]], SetRow] = partial(tuple.__new__, SetRow)
+_make_batch: Callable[[tuple[Group, int, bool, tuple[Put]]], Batch] = partial(tuple.__new__, Batch)
 _make_row: Callable[[tuple[Key, bytes]], Row] = partial(tuple.__new__, Row)
 
 # -- writes ------------------------------------------------------------------------------------------------------
@@ -110,8 +112,7 @@ def touch_row(category: str, key: KeyLike, ttl: Ttl | None, now_ms: NowMs) -> To
 def batch(ops: Op | Iterable[Op], now_ms: NowMs) -> tuple[Batch, int]:
     """Return operations as one batch, and the bytes of its keys and payloads."""
     if type(ops) is Put and ops.ttl is None and type(ops.payload) is bytes:  # the usual one: it needn't be told apart
-        items = [as_category(ops.category), as_key_bytes(ops.key), as_payload(ops.payload)]
-        return Batch(items, 1, False, (ops,)), len(items[1]) + len(ops.payload)
+        return _batch_of_one(ops, ops.key, ops.payload)
     if isinstance(ops, Op):
         given: tuple[Any, ...] = (ops,)
     elif isinstance(ops, Iterable) and not isinstance(ops, str | bytes | dict):
@@ -135,6 +136,14 @@ def batch(ops: Op | Iterable[Op], now_ms: NowMs) -> tuple[Batch, int]:
             op = replace(op, payload=payload)  # as it was at the call: the caller may go on writing into it
         origin.append(op)
     return Batch(items, len(given), expects, tuple(origin)), nbytes
+
+
+def _batch_of_one(put: Put, key: KeyLike, payload: bytes) -> tuple[Batch, int]:
+    category = put.category
+    usual = type(key) is Key and type(category) is str and len(key) + len(payload) <= KEY_BYTES_MAX  # as in `Job.put`
+    encoded = key if usual else as_key_bytes(key)
+    items = [CATEGORIES[category], key, payload] if usual else [as_category(category), encoded, as_payload(payload)]
+    return _make_batch((items, 1, False, (put,))), len(encoded) + len(payload)
 
 
 def _as_places(op: Any, now_ms: NowMs) -> tuple[Any, Any, Any]:

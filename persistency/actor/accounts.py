@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from persistency.actor.bounds import Level
 from persistency.actor.failures import FailureLog
 from persistency.actor.mailbox import Mailbox
 from persistency.actor.reply import Reply
@@ -99,12 +98,7 @@ class Accounts:
 
     def count(self, committed: int, failed: int, *, in_place: bool = False) -> None:
         """Count operations as decided; those of a write `in_place` are accepted at the same moment."""
-
-        def count(_level: Level) -> None:
-            self._tally.committed += committed
-            self._tally.failed += failed
-
-        self._mailbox.as_one(count, taken=committed + failed if in_place else 0)
+        self._mailbox.as_one(self._tally.decided, committed + failed if in_place else 0, committed, failed)
 
     def fail(self, groups: Iterable[tuple[Group, PersistencyError, str]], answers: list[Answer]) -> None:
         """Fail groups whole, each with its error and outcome, as one step for whoever looks at the numbers."""
@@ -119,11 +113,10 @@ class Accounts:
     def _enter(self, committed: int, failed: int, told: list[Answer], answers: list[Answer]) -> None:
         """Count what was in hand, and have it answered: both, or neither, whatever is thrown into this thread."""
 
-        def enter(_level: Level) -> None:
+        def enter() -> None:
             into = answers
-            self._tally.committed += committed
-            self._tally.failed += failed
+            self._tally.decided(committed, failed)
             into += told
             self._mailbox.in_hand = []
 
-        self._mailbox.as_one(enter)
+        self._mailbox.as_one(enter, 0)

@@ -134,8 +134,10 @@ class Mailbox(Door):
         token = object()
         try:
             with self._lock:
-                if self._refusal is None and not self._messages and not self._rung:
-                    self.hold(token)
+                nobody = self._holder is None and not (self._messages or self._rung or self._late)
+                if nobody and self._refusal is None:
+                    self._holder_thread = get_ident()
+                    self._holder = token
             if self._holder is token:
                 # Looked up with the turn in hand: else the job might go to rest meanwhile.
                 serve: Callable[..., Reply[Any]] | None = getattr(self, how)
@@ -225,13 +227,13 @@ class Mailbox(Door):
         replies = [reply for category, reply in places if category is None and reply is not None]
         return [*replies, *self._low] if self._drained is None else [*replies, *self._low, self._drained]
 
-    def as_one(self, act: Callable[[Level], T], *, taken: int = 0) -> T:
-        """Return what `act` makes of the level, as one step for who looks; `taken` operations never stood in line."""
+    def as_one(self, act: Callable[..., T], taken: int, *args: Any) -> T:
+        """Return what `act` gives, as one step for who looks; `taken` operations never stood in line."""
         if self.abandoned is not None:
             raise self.abandoned
         with self._lock:
             self._taken += taken
-            return act(self._level())
+            return act(*args)
 
     def close(self, refusal: Refusal) -> None:
         """Refuse every later post; what is in the line stays to be taken. The first refusal stays."""
@@ -270,7 +272,7 @@ class Mailbox(Door):
         """Return a reply that is settled when the line is below its low-water mark: half of the bounds."""
         with self._lock:
             self.check()
-            if self.bounds.low(self._level()):
+            if self.bounds.low(self.level()):
                 return ready()
             self._drained = pending(self, reads=False) if self._drained is None else self._drained
             return self._drained
@@ -286,7 +288,7 @@ class Mailbox(Door):
             if self._withdrawn * 6 > len(self._messages) + 1000:
                 self._clear_away()
             self._admit()
-            if self.bounds.low(self._level()):
+            if self.bounds.low(self.level()):
                 self._note_low()
         cancel(reply)
         self._tell_low()
@@ -312,21 +314,22 @@ class Mailbox(Door):
 
     def _may_enter(self, ops: int, nbytes: int, requests: int) -> bool:
         """Say whether a post is taken now; raise `Overloaded` if it may neither be taken nor wait for room."""
-        if not self._queue.ahead(ops) and self.bounds.fit(self._level(), ops, nbytes, requests, 1):
+        if not self._queue.ahead(ops) and self.bounds.fit(self.level(), ops, nbytes, requests, 1):
             return True
         me = get_ident()
         # Lastly: a signal handler while this very thread waits for room.
         if me in self.never_waits or (self._holder is not None and me == self._holder_thread) or self._queue.holds(me):
             return True
         if running_loop() is not None:
-            if self.bounds.fit(self._level(), ops, nbytes, requests, 2):
+            if self.bounds.fit(self.level(), ops, nbytes, requests, 2):
                 return True
-            raise overloaded(self._level(), "and this thread runs an event loop, which must not wait")
+            raise overloaded(self.level(), "and this thread runs an event loop, which must not wait")
         if self.bounds.on_full == "raise":
-            raise overloaded(self._level(), "and the job was opened with on_full='raise'")
+            raise overloaded(self.level(), "and the job was opened with on_full='raise'")
         return False
 
-    def _level(self) -> Level:
+    def level(self) -> Level:
+        """Return how much is waiting."""
         return Level(self._ops, self._bytes, self._requests, self._taken + self._ops)
 
     def _wait_for_room(self, poster: Poster) -> None:
@@ -340,7 +343,7 @@ class Mailbox(Door):
         if poster.refused is not None:
             raise poster.refused
         if not poster.let_in:
-            raise overloaded(self._level(), f"and there was no room within {timeout} s")
+            raise overloaded(self.level(), f"and there was no room within {timeout} s")
 
     def _append(self, places: tuple[Any, Any, Any], ops: int, nbytes: int, requests: int) -> None:
         if requests:
@@ -372,7 +375,7 @@ class Mailbox(Door):
     def _admit(self) -> None:
         if self._queue:
             self._queue.admit(
-                lambda poster: self.bounds.fit(self._level(), poster.ops, poster.nbytes, poster.requests, 1),
+                lambda poster: self.bounds.fit(self.level(), poster.ops, poster.nbytes, poster.requests, 1),
                 lambda poster: self._append(poster.places, poster.ops, poster.nbytes, poster.requests),
             )
         looked_at = self._attendant is None and self._ending is None and not self._naps

@@ -88,7 +88,12 @@ class Serving:
         """Return the numbers of this instant."""
         status = None if (store := self.store) is None else store.status()
         commit_ms, numbers = self._tally.percentiles(), self._tally.statistics
-        return self.mailbox.as_one(lambda level: numbers(level.accepted, level.nbytes, status, commit_ms))
+
+        def count() -> Statistics:
+            level = self.mailbox.level()
+            return numbers(level.accepted, level.nbytes, status, commit_ms)
+
+        return self.mailbox.as_one(count, 0)
 
     def _fail(self, cause: BaseException, answers: list[Answer]) -> None:
         """Poison the job for a defect, or what somebody has thrown into this thread: nobody may be left waiting."""

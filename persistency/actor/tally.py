@@ -66,6 +66,11 @@ class Tally:
         self._commit_seconds.append(seconds)
         self.commits += 1  # only now: whoever has looked in between looks again
 
+    def decided(self, committed: int, failed: int) -> None:
+        """Count operations of which it is known what became of them."""
+        self.committed += committed
+        self.failed += failed
+
     def percentiles(self) -> tuple[float, float]:
         """Return the latest commits' p50 and p99 in milliseconds; sorted again only if there were more meanwhile."""
         commits, p50, p99 = self._percentiles

@@ -140,8 +140,7 @@ class Turns:
 
     def _check_time(self) -> None:
         """Raise `Closed` if the job's time is over."""
-        left = self.time_left_ms
-        if left is not None and left <= 0:
+        if self._ends_ms is not None and self._ends_ms <= self._look_ms():
             raise Closed(f"job {self._job_id!r} was temporary, and its time is over")
 
     def discard(self) -> None:
@@ -270,7 +269,7 @@ class Turns:
             outcome = store.apply([None, message, None], self._now_ms())[0]
         except OutcomeUnknown as error:
             reply: Reply[Any] = pending(self._mailbox, reads=False)
-            self._mailbox.as_one(lambda _level: None, taken=ops)
+            self._mailbox.as_one(self._tally.decided, ops, 0, 0)
             self._mailbox.in_hand = [[None, message, reply]]
             answers: list[Answer] = []
             self.poison(error.__cause__ or error, "unknown", answers)

@@ -105,7 +105,7 @@ class SqliteStore(Folding):
         self._clean = stored.get("clean") == 1
         self._watch = Watch(path)
         try:
-            connection.set_wal_hook(self._on_commit)
+            connection.set_wal_hook(self._log.note_commit)
             if left_log:
                 self._take_over(max(options.now_ms, latest_ms))
             self._take_note(opening=True)
@@ -270,7 +270,7 @@ class SqliteStore(Folding):
             self._table.tell(self._table.now_ms)
             changed = self._connection.total_changes()
             outcomes = run(group, refused)
-            self._commit(before.version, writes=self._connection.total_changes() != changed, sync=sync)
+            self._commit(before.version, changed=changed, sync=sync)
             self._make_smaller(barriers)
             self._short_read = False
             return outcomes
@@ -290,10 +290,11 @@ class SqliteStore(Folding):
                 with contextlib.suppress(apsw.Error):
                     self._connection.pragma("synchronous", schema.SYNCHRONOUS[self.options.durability])
 
-    def _commit(self, before: int, *, writes: bool, sync: bool) -> None:
+    def _commit(self, before: int, *, changed: int, sync: bool) -> None:
         version = self._table.version
+        writes = version != before or self._connection.total_changes() != changed
         notes: dict[str, int] = {}
-        if writes or version != before:
+        if writes:
             notes = {name: value for name, value in self._table.notes().items() if self._noted.get(name) != value}
             for note in notes.items():
                 self._execute(schema.NOTE, note)
@@ -312,7 +313,7 @@ class SqliteStore(Folding):
             if self._connection.in_transaction or not self._happened(error, before):
                 self._committing = True
                 raise
-        if writes or version != before:
+        if writes:
             self._clean, self._outdated = False, ()
             self._noted |= notes
             self._log.unsynced = self.options.durability == "process"
@@ -368,10 +369,6 @@ class SqliteStore(Folding):
     def _read_failed(self, error: Exception) -> StorageError:
         self._roll_back()
         return schema.translated(error, "a read failed")
-
-    def _on_commit(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
-        self._log.grew(pages)
-        return apsw.SQLITE_OK
 
     def _make_smaller(self, barriers: list[Barrier]) -> None:
         """Do what barriers want done outside of a transaction. It can't fail them: what they follow is committed."""

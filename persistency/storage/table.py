@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import apsw
 
 from persistency.errors import Conflict, Corrupt, Misuse, QuotaExceeded
 from persistency.storage.bulk import CARRAY, UPSERT, Rows, chunks
 from persistency.storage.changes import DROPPED, ENDED, Changes
+from persistency.storage.mark import Mark, make_mark
 from persistency.storage.port import (
     CountRange,
     DropRange,
@@ -76,17 +77,6 @@ _NEXT_CATEGORY = "SELECT min(category) FROM kv WHERE category > ?"
 _REAP = f"DELETE FROM kv WHERE (category, key) IN ({ENDED})"
 
 
-class Mark(NamedTuple):
-    """What is known of a table at one moment, to go back to if what comes after is undone."""
-
-    version: int
-    next_expiry_ms: int | None
-    used: int
-    used_ms: int
-    changes: int
-    dropped: int
-
-
 class Table:
     """A job's rows. `version` is the last operation's, `now_ms` the time that decides what is live.
 
@@ -131,9 +121,9 @@ class Table:
     def mark(self) -> Mark:
         """Return what is known now."""
         quota, changes = self.quota, self.changes
-        used = (0, 0) if quota is None else (quota.used, quota.used_ms)
-        kept = (0, 0) if changes is None else (changes.count, changes.dropped)
-        return Mark(self.version, self.next_expiry_ms, *used, *kept)
+        used, used_ms = (0, 0) if quota is None else (quota.used, quota.used_ms)
+        kept, dropped = (0, 0) if changes is None else (changes.count, changes.dropped)
+        return make_mark((self.version, self.next_expiry_ms, used, used_ms, kept, dropped))
 
     def back_to(self, mark: Mark) -> None:
         """Know again what was known then, after what came since was undone."""

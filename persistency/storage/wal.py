@@ -33,12 +33,13 @@ class WriteAheadLog:
         self._told = False  # of readers who pin it: once is enough
         self._carried = 0  # the length when it was last carried over, as far as that went
 
-    def grew(self, pages: int) -> None:
-        """Note what a commit has made of it."""
+    def note_commit(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
+        """Note what a commit has made of it: the connection's hook."""
         if pages <= self._carried:  # begun anew
             self._carried = 0
             self.pinned = False
         self.pages = pages
+        return apsw.SQLITE_OK
 
     def due(self, pages: int) -> bool:
         """Say whether so many pages have come since it was last carried over."""

@@ -513,15 +513,15 @@ def test_an_interrupt_while_others_are_let_in_forgets_nobody() -> None:
         for number in range(1, 4):
             outcomes.append(in_thread(lambda number=number: actor.put(b"%d" % number)))
             wait_until_waiting(actor.mailbox, number)
-        original = actor.mailbox._level
+        original = actor.mailbox.level
 
         def interrupted() -> Any:
             raise KeyboardInterrupt
 
-        actor.mailbox._level = interrupted  # type: ignore[method-assign]
+        actor.mailbox.level = interrupted  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             actor.mailbox._admit()
-        actor.mailbox._level = original  # type: ignore[method-assign]
+        actor.mailbox.level = original  # type: ignore[method-assign]
         actor.let_go()
         for thread, outcome in outcomes:
             thread.join(WAIT)

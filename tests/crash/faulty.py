@@ -55,7 +55,7 @@ from persistency.actor import turns, upkeep
 from persistency.codec.keys import as_key
 from persistency.storage import schema, sqlite
 from persistency.storage.pagecache import PageCache
-from persistency.storage.sqlite import SqliteStore
+from persistency.storage.wal import WriteAheadLog
 from tests.conftest import Wall
 from tests.crash.running import PROJECT, command
 from tests.storage.conftest import FaultyDisk, FaultyFile, fault
@@ -251,7 +251,7 @@ class File(FaultyFile):
         return isinstance(evalue, apsw.Error) or apsw.VFSFile.excepthook(self, etype, evalue, etraceback)
 
 
-_connect, _on_commit = schema.connect, SqliteStore._on_commit
+_connect, _note_commit = schema.connect, WriteAheadLog.note_commit
 
 
 def _connect_with_small_cache(*arguments: Any) -> apsw.Connection:
@@ -261,9 +261,9 @@ def _connect_with_small_cache(*arguments: Any) -> apsw.Connection:
     return connection
 
 
-def _commit_that_lies(self: SqliteStore, connection: apsw.Connection, name: str, pages: int) -> int:
+def _commit_that_lies(self: WriteAheadLog, connection: apsw.Connection, name: str, pages: int) -> int:
     """Have COMMIT raise though it has happened, if that is what should fail: SQLite passes on what its hook says."""
-    answer = _on_commit(self, connection, name, pages)
+    answer = _note_commit(self, connection, name, pages)
     disk = Disk.by_name.get(connection.open_vfs)
     try:
         return answer if disk is None else disk.do("commit", name, lambda: answer)
@@ -304,7 +304,7 @@ def rig(*, hurried: bool = False) -> Iterator[None]:
             (turns, "RETRY_SECONDS_MAX", 0.02),
             (schema, "connect", _connect_with_small_cache),
             (PageCache, "enlarge", lambda _cache: None),
-            (SqliteStore, "_on_commit", _commit_that_lies),
+            (WriteAheadLog, "note_commit", _commit_that_lies),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(quiet())

@@ -111,7 +111,7 @@ def test_an_interrupt_behind_a_commit_leaves_the_file_right(tmp_path: Path) -> N
     interrupts = iter([KeyboardInterrupt()])
 
     class Interrupted(SqliteStore):
-        def _commit(self, before: int, **how: bool) -> None:
+        def _commit(self, before: int, **how: Any) -> None:
             super()._commit(before, **how)
             for interrupt in interrupts:
                 raise interrupt
