@@ -27,6 +27,7 @@ from benchmarks.cases import CASES, FULL_CASES
 from benchmarks.contenders import OURS, PACKAGES, Missing, load
 from benchmarks.harness import Case, Series, run_case
 from benchmarks.machine import facts
+from benchmarks.pace import Pace
 from benchmarks.protocol import Contender
 from benchmarks.report import as_json, figures_table, ratios_table
 from benchmarks.targets import NOT_ASKED, judged
@@ -72,7 +73,7 @@ def _cases(names: Sequence[str], left_out: dict[str, str], *, full: bool) -> lis
 
 
 def _measure(
-    cases: Sequence[Case], contenders: Sequence[Contender], workload: Workload, repeat: int, parent: Path
+    cases: Sequence[Case], contenders: Sequence[Contender], workload: Workload, repeat: int, parent: Path, pace: Pace
 ) -> list[Series]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     total = repeat * sum(len(case.ways(contender)) for case in cases for contender in contenders)
@@ -89,7 +90,7 @@ def _measure(
             progress.refresh()
 
         for case in cases:
-            series += run_case(case, contenders, workload, repeat, parent=parent, step=step)
+            series += run_case(case, contenders, workload, repeat, parent=parent, step=step, pace=pace)
     return series
 
 
@@ -102,6 +103,10 @@ def main(
     rows: Annotated[int, typer.Option(min=100, help="Rows to put, and to read from.")] = 200_000,
     payload_bytes: Annotated[int, typer.Option(min=1, help="The size of a payload.")] = 100,
     repeat: Annotated[int, typer.Option(min=1, help="Interleaved repetitions.")] = 5,
+    patience: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds to wait, in all, while the machine is slow, or to measure again."),
+    ] = 0.0,
     full: Annotated[
         bool, typer.Option("--full", help=f"Also measure what takes long and gigabytes: {', '.join(FULL_CASES)}.")
     ] = False,
@@ -125,13 +130,14 @@ def main(
             err.print(str(hindered), markup=False, highlight=False)
             raise typer.Exit(2) from hindered
     parent = Path(tempfile.gettempdir()) if directory is None else directory
-    machine = facts(parent)
+    machine, pace = facts(parent), Pace(patience)
     try:
-        series = _measure(cases, contenders, Workload(rows, payload_bytes), repeat, parent)
+        series = _measure(cases, contenders, Workload(rows, payload_bytes), repeat, parent, pace)
     except Mismatch as mismatch:
         err.print(f"a wrong result, so nothing counts: {mismatch}", markup=False, highlight=False)
         raise typer.Exit(1) from mismatch
     results = list(judged(series, left_out=left_out))
+    machine |= pace.facts()
     out.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False)
     out.print(figures_table(series))
     if any(one.reason != NOT_ASKED for one in results):

@@ -7,7 +7,8 @@ Rules:
      in one repetition.
   3. Where many short calls are measured, the median of ten parts stands for a repetition; where the work goes on
      behind the calls, as that of puts does, the whole does.
-  4. The garbage collector is treated the same for all: what was made ready is collected and frozen beforehand, then
+  4. A measurement at whose beginning or end the machine was slow is made again, if whoever asks has the patience.
+  5. The garbage collector is treated the same for all: what was made ready is collected and frozen beforehand, then
      the collector stays on, as it does for users.
 
 Doesn't know: what a case measures, who takes part.
@@ -22,6 +23,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +31,7 @@ from statistics import median
 from time import perf_counter_ns
 from typing import Any
 
+from benchmarks.pace import Pace
 from benchmarks.protocol import Contender, Store, Way
 from benchmarks.workload import Workload
 
@@ -110,22 +113,44 @@ def run_case(
     *,
     parent: Path | None = None,
     step: Callable[[str], None] = lambda _doing: None,
+    pace: Pace | None = None,
 ) -> list[Series]:
-    """Measure a case with all contenders that can do it, `repeat` times in turn."""
+    """Measure a case with all contenders that can do it, `repeat` times in turn, each at the machine's own `pace`."""
+    pace = pace or Pace()
     pairs = [(contender, way) for contender in contenders for way in case.ways(contender)]
     series = [Series(case.name, contender.name, way.label) for contender, way in pairs]
     places = [contender.name if case.one_directory else str(at) for at, (contender, _way) in enumerate(pairs)]
     turns = list(zip(places, pairs, series, strict=True))
     for _ in range(repeat):
-        for _place, turn in groupby(turns, key=itemgetter(0)):
-            directory = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
-            try:
-                for _, (contender, way), one in turn:
-                    step(f"{case.name}: {contender.name}, {way.label}")
-                    one.samples.append(case.run(contender, way, workload, directory))
-            finally:
-                shutil.rmtree(directory)
+        for _place, together in groupby(turns, key=itemgetter(0)):
+            turn = list(together)
+            measure = partial(_measure, case, [pair for _, pair, _ in turn], workload, parent, step)
+            samples = pace.measured(measure, once=case.one_directory)
+            for (_, _, one), sample in zip(turn, samples, strict=True):
+                one.samples.append(sample)
     return series
+
+
+def _measure(
+    case: Case,
+    pairs: Sequence[tuple[Contender, Way]],
+    workload: Workload,
+    parent: Path | None,
+    step: Callable[[str], None],
+    *,
+    again: bool,
+) -> list[Sample]:
+    """Measure the ways that share a directory, one after another; `again`: that step was taken already."""
+    samples = []
+    directory = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
+    try:
+        for contender, way in pairs:
+            if not again:
+                step(f"{case.name}: {contender.name}, {way.label}")
+            samples.append(case.run(contender, way, workload, directory))
+    finally:
+        shutil.rmtree(directory)
+    return samples
 
 
 @contextmanager

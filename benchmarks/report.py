@@ -29,7 +29,7 @@ Facts = TypeVar("Facts", Sample, Target)
 def ratios_table(results: Sequence[Judged]) -> Table:
     """Return the table of targets; of those that nobody asked for only the number, of others the reason, below it."""
     table = Table("case", "beside", "what", "holds", "aim", "measured", "min - max", "verdict", title="Targets")
-    table.caption = "\n".join(escape(line) for line in unmeasured(results))
+    table.caption = "\n".join(escape(line) for line in (*held(results), *unmeasured(results)))
     table.caption_justify = "left"
     for judged in results:
         if judged.reason == NOT_ASKED:
@@ -47,6 +47,15 @@ def ratios_table(results: Sequence[Judged]) -> Table:
             f"[{COLOURS[judged.verdict]}]{judged.verdict}",
         )
     return table
+
+
+def held(results: Sequence[Judged]) -> list[str]:
+    """Return a line that says how many floors have held, if any was measured: a verdict asks every repetition."""
+    measured = [judged for judged in results if judged.values]
+    by_median = sum(judged.target.meets(judged.median, judged.target.holds) for judged in measured)
+    in_every = sum(judged.verdict != "missed" for judged in measured)
+    found = f"floors held: {in_every} of {len(measured)} in every repetition, {by_median} by the median"
+    return [found] if measured else []
 
 
 def unmeasured(results: Sequence[Judged]) -> list[str]:

@@ -20,6 +20,7 @@ from benchmarks.cases import CASES, FULL_CASES
 from benchmarks.contenders import PACKAGES, Missing, load
 from benchmarks.harness import Sample, Series, run_case
 from benchmarks.protocol import Contender, Way
+from benchmarks.report import held
 from benchmarks.targets import TARGETS, Judged, Target, judged
 from benchmarks.verify import Mismatch, check_answers, check_stored
 from benchmarks.workload import Workload
@@ -364,6 +365,16 @@ def test_targets_are_judged_pair_by_pair(ours: Iterable[float], verdict: str) ->
     assert found.values == [1 / us for us in ours]
     assert found.verdict == verdict
     assert Judged(Target("put", "time", 2, 1), list(ours)).verdict == verdict
+
+
+def test_the_report_says_how_many_floors_have_held_in_every_repetition_and_by_the_median() -> None:
+    """One that was missed once counts by the median alone; what nobody measured doesn't count at all."""
+    target = Target("put", "time", 2, 1)
+    results = [Judged(target, [1.0, 1.5, 1.9]), Judged(target, [1.0, 1.5, 2.1]), Judged(target, [1.0, 2.5, 2.1])]
+    assert held([*results, Judged(target, [], "asleep")]) == [
+        "floors held: 1 of 3 in every repetition, 2 by the median"
+    ]
+    assert held([Judged(target, [], "asleep")]) == []
 
 
 def test_every_target_names_a_way_there_is() -> None:
