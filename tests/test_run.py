@@ -916,11 +916,11 @@ def test_a_group_that_is_retried_calls_the_function_again(
     faults = iter([apsw.FullError("no room"), apsw.FullError("still none")])
     commit = SqliteStore._commit
 
-    def failing(store: SqliteStore, before: int, *, writes: bool, sync: bool) -> None:
+    def failing(store: SqliteStore, before: int, *, changed: int, sync: bool) -> None:
         error = next(faults, None)
         if error is not None:
             raise error
-        commit(store, before, writes=writes, sync=sync)
+        commit(store, before, changed=changed, sync=sync)
 
     monkeypatch.setattr(SqliteStore, "_commit", failing)
     calls: list[int] = []
