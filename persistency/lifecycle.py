@@ -137,12 +137,12 @@ def _at_exit() -> None:
     with _Interrupts() as interrupts:
         _exiting = True
         with _lock:
-            charges = list(_charges.values())
+            charges = sorted(_charges.values(), key=lambda charge: charge.worker.naps_alone)  # they wait for nobody
         begun = monotonic()
         longest = max((charge.exit_timeout for charge in charges), default=0.0)
         for reply in errand.going():  # they ask the jobs for what they need, so these come after
             _wait(reply, begun + longest / 2, interrupts)
-        leaving = [(charge, _retired(charge)) for charge in charges]
+        leaving = [(charge, _retired(charge, begun + charge.exit_timeout, interrupts)) for charge in charges]
         told = False
         for charge, reply in leaving:
             while not reply.done() and interrupts.count < _INTERRUPTS_MAX and monotonic() < begun + charge.exit_timeout:
@@ -165,10 +165,13 @@ def _at_exit() -> None:
             _keep_for_ever(charges)
 
 
-def _retired(charge: _Charge) -> Reply[Any]:
+def _retired(charge: _Charge, until: float, interrupts: _Interrupts) -> Reply[Any]:
     """Have a worker write what waits; one that can't must not keep the others from it."""
+    left = until - monotonic()
+    if charge.worker.naps_alone and (left <= 0 or interrupts.count >= _INTERRUPTS_MAX):
+        return ready()  # nothing waits: it would only be tidied up, here
     try:
-        return charge.worker.retire()
+        return charge.worker.retire(max(0.0, left))
     except Exception as error:
         _say(f"job {charge.job_id!r}: {error}")
         return ready()

@@ -609,6 +609,55 @@ def test_a_job_without_a_thread_is_left_in_order_at_exit(place: Path, write: boo
         assert found.execute("SELECT count(*) FROM kv").fetchone() == (int(write),)
 
 
+LOCKED = 12  # with five seconds for each the test's time would be over
+
+LEAVES_UNTIDY = f"""
+import os, sys
+from persistency import Persistency
+p = Persistency(sys.argv[1])
+for number in range({LOCKED}):
+    job = p.open_job(f"job-{{number}}")
+    job.put("c", (1,), b"x")
+    job.flush().result()
+os._exit(0)
+"""
+
+ENDS_BESIDE_OTHERS = f"""
+import sqlite3, sys
+from pathlib import Path
+from persistency import Persistency
+p = Persistency(sys.argv[1], exit_timeout=float(sys.argv[2]))
+jobs = [p.open_job(f"job-{{number}}") for number in range({LOCKED})]
+print(*(job.get("c", (1,)).result().decode() for job in jobs), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.5"])
+def test_jobs_without_a_thread_whose_files_are_locked_hold_no_exit_up(place: Path, seconds: str) -> None:
+    """However many there are: they are tidied up one after another, within `exit_timeout`, and nothing is lost."""
+    subprocess.run([sys.executable, "-c", LEAVES_UNTIDY, str(place)], check=True, timeout=60)
+    command = [sys.executable, "-c", ENDS_BESIDE_OTHERS, str(place), seconds]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ending,
+        contextlib.ExitStack() as others,
+    ):
+        assert ending.stdin
+        assert ending.stdout
+        assert ending.stdout.readline().split() == [b"x"] * LOCKED
+        for number in range(LOCKED):
+            other = others.enter_context(contextlib.closing(sqlite3.connect(place / f"job-{number}.db", timeout=WAIT)))
+            other.execute("BEGIN IMMEDIATE")
+        _, said = ending.communicate(b"\n", timeout=30)
+    assert ending.returncode == 0
+    told = said.decode().splitlines()
+    assert all("couldn't be tidied up" in line for line in told)
+    assert bool(told) == (seconds != "0")  # the first was waited for, as long as that
+    with Persistency(place) as p:
+        for number in range(LOCKED):
+            assert p.open_job(f"job-{number}").get("c", (1,)).result(WAIT) == b"x"
+
+
 def test_a_late_first_post_at_exit_is_written(place: Path) -> None:
     """From a hook that runs after ours: there are no threads any more, and its poster serves himself."""
     late = "import atexit, sys\natexit.register(lambda: (job.put('c', (1,), b'x'), job.flush().result()))\n"

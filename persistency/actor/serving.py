@@ -56,6 +56,7 @@ class Serving:
         self.clock = clock
         self.waiters: Waiters = Waiters(waiters_max, mailbox.waits_for_itself)
         self._retired: Reply[None] | None = None
+        self._patience: float | None = None  # for others, in seconds, when it is retired
         self._job_id = job_id
         self.mailbox = mailbox
         self._tally = Tally()
@@ -246,7 +247,7 @@ class Serving:
         if rest and (self.store is not None or self._begin(rest, answers)):
             self.turns.decide(rest, answers)
         if self.activation.upkeep is not None and not self.turns.poisoned:
-            self.activation.upkeep.settle()
+            self.activation.upkeep.settle(self._patience)
         self.waiters.refuse(Closed(f"job {self._job_id!r} ends with the interpreter"), answers)
         answers.append((self._retired, None, None))
         self._over = True

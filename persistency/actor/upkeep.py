@@ -149,10 +149,10 @@ class Upkeep:
         self.do(self.checkpoint, turns, answers)
         settle_all(answers)
 
-    def settle(self) -> None:
-        """Leave the store as a clean close would."""
+    def settle(self, patience: float | None) -> None:
+        """Leave the store as a clean close would; wait for others `patience` seconds at the most (`None`: as ever)."""
         if isinstance(self._store, Settling):
-            self._store.settle()
+            self._store.settle(patience)
 
     def checkpoint(self) -> None:
         """Carry the log over. Raises `Harm`."""

@@ -192,11 +192,20 @@ class Worker(Serving):
         self.mailbox.unattend(self._serve_late)
         self.serve()
 
-    def retire(self) -> Reply[None]:
-        """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves."""
+    @property
+    def naps_alone(self) -> bool:
+        """Whether it naps and no thread was called for: whoever retires it tidies its store up himself."""
+        return self.mailbox.napping and not self._called
+
+    def retire(self, patience: float | None = None) -> Reply[None]:
+        """Run what waits, tidy the store up and end the thread, but stay open: later posters serve themselves.
+
+        What another process has locked is waited for no longer than `patience` seconds (`None`: as long as ever).
+        """
+        self._patience = patience
         # Who was called for writes what waits: that may take any time, and whoever ends the interpreter has little.
         comes = self._called and self.mailbox.napping
-        napped = not comes and self.mailbox.napping and self.mailbox.wake_up()
+        napped = self.naps_alone and self.mailbox.wake_up()
         if not (comes or napped) and self._wakes_nobody():
             self.start_unattended()
         elif self._retired is None:

@@ -98,8 +98,9 @@ class Folding:
             self._take_note()
         return done
 
-    def settle(self) -> None:
-        """Mark the file as closed in order and carry the whole log over."""
+    def settle(self, patience: float | None = None) -> None:
+        """Mark the file as closed in order and carry the whole log over; see the port."""
+        self._log.wait_for_others(patience)
         try:
             self._watch.check()
             self._end_read()
@@ -119,6 +120,8 @@ class Folding:
             # Nothing is lost: what was committed is in the log, and the next opening finds it there.
             fields = about("file_not_tidied", None, error, path=self._claim.path)
             log.warning("a job's file couldn't be tidied up at close: %s", error, extra=fields)
+        finally:
+            self._log.wait_for_others()
 
     def _take_note(self, *, opening: bool = False) -> None:
         """Write down, beside the file, what it must hold from now on whatever happens to its log."""

@@ -253,16 +253,19 @@ class Checkpointing(Protocol):
         """Carry all of the log over and cut it off, if nobody else reads there; return whether it could be done."""
         raise NotImplementedError
 
-    def settle(self) -> None:
-        """Leave the file as a clean close would, without closing it."""
+    def settle(self, patience: float | None = None) -> None:
+        """Leave the file as a clean close would, without closing it; see `Settling`."""
 
 
 @runtime_checkable
 class Settling(Protocol):
     """A store that others can be spared to wait for, when it may not be closed any more but is about to end."""
 
-    def settle(self) -> None:
-        """Leave everything as a clean close would, without closing."""
+    def settle(self, patience: float | None = None) -> None:
+        """Leave everything as a clean close would, without closing; nothing is lost if it can't be done.
+
+        Wait for what another process has locked, but no longer than `patience` seconds (`None`: as long as ever).
+        """
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ class WriteAheadLog:
         self.unsynced: bool = False
         self._connection = connection
         self._name = name
+        self._busy_ms = BUSY_MS
         self._told = False  # of readers who pin it: once is enough
         self._carried = 0  # the length when it was last carried over, as far as that went
 
@@ -44,6 +45,11 @@ class WriteAheadLog:
     def due(self, pages: int) -> bool:
         """Say whether so many pages have come since it was last carried over."""
         return self.pages - self._carried >= pages
+
+    def wait_for_others(self, seconds: float | None = None) -> None:
+        """From now on wait for what another process has locked so long, but no longer than ever (`None`: so long)."""
+        self._busy_ms = BUSY_MS if seconds is None else min(BUSY_MS, round(seconds * 1000))
+        self._connection.set_busy_timeout(self._busy_ms)
 
     def carry_over(self) -> None:
         """Bring it onto the medium and into the file, and have the next commit begin it anew, unless somebody reads."""
@@ -71,7 +77,7 @@ class WriteAheadLog:
             self._carry_what_goes()
             return False
         finally:
-            self._connection.set_busy_timeout(BUSY_MS)
+            self._connection.set_busy_timeout(self._busy_ms)
         self.pages = self._carried = 0
         self.unsynced = self.pinned = False
         return True

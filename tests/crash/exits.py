@@ -331,8 +331,8 @@ def interrupt_hook(root: str, times: int, then: Callable[[], object]) -> None:
     retiring, enough = threading.Event(), threading.Event()
     retire = Worker.retire
 
-    def retire_and_tell(worker: Worker) -> Any:
-        reply = retire(worker)
+    def retire_and_tell(worker: Worker, patience: float) -> Any:
+        reply = retire(worker, patience)
         retiring.set()
         return reply
 
@@ -368,8 +368,8 @@ def interrupted_as_hook_begins(root: str) -> None:
     leave_pending(root)
     retire = Worker.retire
 
-    def retire_and_interrupt(worker: Worker) -> Any:
-        reply = retire(worker)
+    def retire_and_interrupt(worker: Worker, patience: float) -> Any:
+        reply = retire(worker, patience)
         signal.raise_signal(signal.SIGINT)
         return reply
 

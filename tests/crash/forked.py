@@ -271,8 +271,8 @@ def hold_until_retired() -> threading.Event:
     retiring = threading.Event()
     retire, apply = Worker.retire, SqliteStore.apply
 
-    def retire_and_tell(worker: Worker) -> Reply[None]:
-        reply = retire(worker)
+    def retire_and_tell(worker: Worker, patience: float) -> Reply[None]:
+        reply = retire(worker, patience)
         retiring.set()
         return reply
 

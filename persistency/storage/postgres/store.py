@@ -152,7 +152,7 @@ class PostgresStore:
         """The last version given."""
         return self._standing.books.version
 
-    def settle(self) -> None:
+    def settle(self, patience: float | None = None) -> None:  # noqa: ARG002 - the lease is locked by nobody else
         """Give the lease back, so that nobody need wait for its end; what comes late is written all the same."""
         self._give_back(self._now_ms)
 
