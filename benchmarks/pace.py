@@ -7,7 +7,7 @@ whose ends it was slow.
 Rules:
   1. It looks at the machine alone: whether a measurement is made again depends neither on what it gave nor on whose it
      is.
-  2. Patience is bounded; when it is over, everything counts as it comes.
+  2. Patience is bounded, in all and for each; when it is over, what is measured counts as it comes.
   3. How many measurements were made again, and how many count although the machine was slow, is told with the figures.
 
 Doesn't know: what is measured.
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 SLOW = 1.2  # times the best; at rest it moves by a tenth, beside a busy neighbour it doubles
 _PAUSE_SECONDS = 0.5
+_PART = 20  # so many of the longest ones use up all patience: none may have it for itself
 _LOOKS = 5
 _ROUNDS = 5_000
 
@@ -40,7 +41,7 @@ class Pace:
         pause: Callable[[float], None] = sleep,
     ) -> None:
         self.again: int = 0  # measurements that were thrown away
-        self._left = patience
+        self._left = self._patience = patience
         self._look = look or _look
         self._clock = clock
         self._pause = pause
@@ -53,20 +54,21 @@ class Pace:
         Only the last time counts. `measure` is told whether it is done `again`. `once`: it can't be done again.
         """
         again = False
+        least = max(0.0, self._left - self._patience / _PART)  # of the patience, to be left to the others
         while True:
-            before, begun = self._wait(), self._clock()
+            before, begun = self._wait(least), self._clock()
             found = measure(again=again)
             took, slower = self._clock() - begun, max(before, self._now())
-            if once or slower <= self._best * SLOW or self._left <= 0:
+            if once or slower <= self._best * SLOW or self._left - took < least:
                 self._ends.append(slower)
                 return found
             self._left -= took
             self.again += 1
             again = True
 
-    def _wait(self) -> float:
-        """Wait for the machine to be at its pace, as long as there is patience; return it."""
-        while (now := self._now()) > self._best * SLOW and self._left > 0:
+    def _wait(self, least: float) -> float:
+        """Wait for the machine to be at its pace until only so much patience is left; return the pace."""
+        while (now := self._now()) > self._best * SLOW and self._left - _PAUSE_SECONDS >= least:
             self._pause(_PAUSE_SECONDS)
             self._left -= _PAUSE_SECONDS
         return now

@@ -82,22 +82,29 @@ def test_nothing_begins_while_the_machine_is_slow() -> None:
 
 
 def test_patience_is_bounded_by_what_was_waited_and_thrown_away() -> None:
-    """Then everything counts as it comes, and it is told how much of it was measured while the machine was slow."""
-    machine = Machine([QUICK, *[LATE] * 100])
-    pace = machine.pace(2)
+    """In all, and for each measurement; then it counts as it comes, and it is told that the machine was slow."""
+    machine = Machine([QUICK, *[LATE] * 1000])
+    pace = machine.pace(40)
     assert measure(pace) == [False]
-    assert machine.paused == 2.0
+    assert machine.paused == 2.0  # a twentieth
+    for _ in range(19):
+        assert measure(pace) == [False]
+    assert machine.paused == 40.0
     assert measure(pace) == [False]
-    assert machine.paused == 2.0
+    assert machine.paused == 40.0
     assert pace.facts() == {
-        "measurements": 2,
-        "made while the machine was slow": 2,
+        "measurements": 21,
+        "made while the machine was slow": 21,
         "made again": 0,
         "slowest pace": "2.00 x the best",
     }
-    pace = Machine([QUICK, QUICK, LATE, QUICK, LATE, QUICK, LATE]).pace(1.5)
-    assert measure(pace) == [False, True, True]  # two seconds' work thrown away, and no patience for more
-    assert pace.slow == 1
+
+
+def test_what_takes_longer_than_its_part_of_the_patience_is_done_once() -> None:
+    """Else a long one that is unlucky would use up what many short ones could have had."""
+    pace = Machine([QUICK, QUICK, LATE]).pace(19)
+    assert measure(pace) == [False]
+    assert (pace.again, pace.slow) == (0, 1)
 
 
 def test_without_patience_nothing_is_waited_for_or_done_again() -> None:
