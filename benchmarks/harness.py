@@ -1,11 +1,12 @@
 """The harness: clocks, fresh directories, interleaved repetitions, ratios.
 
 Rules:
-  1. Repetitions are interleaved (A B C A B C ...), so that a slow minute of the machine hits all of them; ratios are
-     made within one repetition only.
+  1. Repetitions are interleaved (A B C A B C ...), so that a slow minute of the machine hits all of them; where a case
+     has parts, so are these, each a fraction of a second: a slow moment hits all, too. Ratios are made within one
+     repetition only.
   2. Every measurement has a directory of its own, which is gone afterwards; where a store grows, all of one contender's
      in one repetition.
-  3. Where many short calls are measured, the median of ten parts stands for a repetition; where the work goes on
+  3. Where many short calls are measured, the median of their parts stands for a repetition; where the work goes on
      behind the calls, as that of puts does, the whole does.
   4. A measurement at whose beginning or end the machine was slow is made again, if whoever asks has the patience.
   5. The garbage collector is treated the same for all: what was made ready is collected and frozen beforehand, then
@@ -20,8 +21,8 @@ import asyncio
 import gc
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -36,6 +37,7 @@ from benchmarks.protocol import Contender, Store, Way
 from benchmarks.workload import Workload
 
 PARTS = 10
+TURNS = 40  # parts of what is done in turn: some milliseconds each
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +56,28 @@ class Sample:
     more: Mapping[str, float] = field(default_factory=dict)
 
 
+# A measurement in parts: it makes ready, yields before each part, and returns what was measured.
+Measuring = Generator[None, None, Sample]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured: `run(contender, way, workload, directory)` gives a `Sample` of every way that does the task.
+    """What is measured: `run(contender, way, workload, directory)` gives a `Sample` of every way that does the task, or
+    measures it in parts, which are done in turn with those of all others.
 
     `tasks` are tried in order: the first one a contender has ways for is measured. `left_out` says why the case can't
     run, or `None`. `rows` is how many an operation is about, if they are many. `one_directory`: all ways of a
-    contender share a directory, each beginning with what the one before has left.
+    contender share a directory, each beginning with what the one before has left. `in_turn`: it is measured in parts.
     """
 
     name: str
     what: str
     tasks: tuple[str, ...]
-    run: Callable[[Contender, Way, Workload, Path], Sample]
+    run: Callable[[Contender, Way, Workload, Path], Sample | Measuring]
     left_out: Callable[[], str | None] = lambda: None
     rows: int = 1
     one_directory: bool = False
+    in_turn: bool = False
 
     def ways(self, contender: Contender) -> list[Way]:
         """Return the ways of a contender that this case measures."""
@@ -122,6 +130,11 @@ def run_case(
     places = [contender.name if case.one_directory else str(at) for at, (contender, _way) in enumerate(pairs)]
     turns = list(zip(places, pairs, series, strict=True))
     for _ in range(repeat):
+        if case.in_turn:
+            samples = pace.measured(partial(_measure_in_turn, case, pairs, workload, parent, step), once=True)
+            for one, sample in zip(series, samples, strict=True):
+                one.samples.append(sample)
+            continue
         for _place, together in groupby(turns, key=itemgetter(0)):
             turn = list(together)
             measure = partial(_measure, case, [pair for _, pair, _ in turn], workload, parent, step)
@@ -142,15 +155,64 @@ def _measure(
 ) -> list[Sample]:
     """Measure the ways that share a directory, one after another; `again`: that step was taken already."""
     samples = []
-    directory = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
-    try:
+    with _fresh(parent) as directory:
         for contender, way in pairs:
             if not again:
                 step(f"{case.name}: {contender.name}, {way.label}")
-            samples.append(case.run(contender, way, workload, directory))
+            samples += in_turn([case.run(contender, way, workload, directory)])
+    return samples
+
+
+def _measure_in_turn(
+    case: Case,
+    pairs: Sequence[tuple[Contender, Way]],
+    workload: Workload,
+    parent: Path | None,
+    step: Callable[[str], None],
+    *,
+    again: bool,
+) -> list[Sample]:
+    """Measure all ways part by part, each in a directory of its own."""
+    with ExitStack() as stack:
+        measurings = []
+        for contender, way in pairs:
+            if not again:
+                step(f"{case.name}: {contender.name}, {way.label}")
+            measurings.append(case.run(contender, way, workload, stack.enter_context(_fresh(parent))))
+        return in_turn(measurings)
+
+
+def in_turn(measurings: Sequence[Sample | Measuring]) -> list[Sample]:
+    """Do what is measured in parts, the first of everybody, then the second, and so on; return all samples."""
+    found = {at: one for at, one in enumerate(measurings) if isinstance(one, Sample)}
+    going = {at: one for at, one in enumerate(measurings) if not isinstance(one, Sample)}
+
+    def go_on() -> None:
+        for at, measuring in list(going.items()):
+            try:
+                next(measuring)
+            except StopIteration as ended:
+                found[at] = ended.value
+                del going[at]
+
+    try:
+        go_on()  # until all are ready
+        with settled_garbage() if going else nullcontext():
+            while going:
+                go_on()
+    finally:
+        for measuring in going.values():
+            measuring.close()
+    return [found[at] for at in range(len(measurings))]
+
+
+@contextmanager
+def _fresh(parent: Path | None) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
+    try:
+        yield directory
     finally:
         shutil.rmtree(directory)
-    return samples
 
 
 @contextmanager
@@ -200,23 +262,53 @@ def timed_parts(call: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[
     return answers, median(times) / 1000
 
 
-async def awaited_parts(
-    call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]], items: Sequence[Any]
-) -> tuple[list[Any], float]:
-    """Do what `timed_parts` does with a call that is awaited."""
+def parts_in_turn(
+    call: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]
+) -> Generator[None, None, tuple[list[Any], float]]:
+    """Do what `timed_parts` does, and let others have their turn before each part."""
     answers: list[Any] = []
     times = []
-    with settled_garbage():
-        for part in parts(items):
-            begun = perf_counter_ns()
-            answers += await call(part)
-            times.append((perf_counter_ns() - begun) / len(part))
+    for part in parts(items, TURNS):
+        yield
+        begun = perf_counter_ns()
+        answers += call(part)
+        times.append((perf_counter_ns() - begun) / len(part))
     return answers, median(times) / 1000
 
 
-def parts(items: Sequence[Any]) -> list[Sequence[Any]]:
+def awaited_in_turn(
+    runner: asyncio.Runner, call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]], items: Sequence[Any]
+) -> Generator[None, None, tuple[list[Any], float]]:
+    """Do what `parts_in_turn` does with a call that is awaited."""
+    answers: list[Any] = []
+    times = []
+
+    async def measure(part: Sequence[Any]) -> None:
+        begun = perf_counter_ns()
+        answers.extend(await call(part))
+        times.append((perf_counter_ns() - begun) / len(part))
+
+    for part in parts(items, TURNS):
+        yield
+        runner.run(measure(part))
+    return answers, median(times) / 1000
+
+
+def each_in_turn(call: Callable[[Any], Any], items: Sequence[Any]) -> Generator[None, None, list[int]]:
+    """Call with one item at a time, in parts; return the nanoseconds of each call."""
+    times = []
+    for part in parts(items, TURNS):
+        yield
+        for item in part:
+            begun = perf_counter_ns()
+            call(item)
+            times.append(perf_counter_ns() - begun)
+    return times
+
+
+def parts(items: Sequence[Any], count: int = PARTS) -> list[Sequence[Any]]:
     """Return the items in parts of nearly the same size."""
-    size = max(1, -(-len(items) // PARTS))
+    size = max(1, -(-len(items) // count))
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 

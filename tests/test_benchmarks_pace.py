@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Case, Sample, run_case
+from benchmarks.harness import Case, Measuring, Sample, in_turn, run_case
 from benchmarks.pace import Pace
 from benchmarks.protocol import Contender, Way
+from benchmarks.verify import Mismatch
 from benchmarks.workload import Workload
 from tests.test_benchmarks import run
 
@@ -172,3 +173,67 @@ def test_the_command_tells_of_the_machine_s_pace(tmp_path: Path) -> None:
     assert 0 <= machine["made while the machine was slow"] <= 2
     assert "slowest pace" in done.stdout
     assert run("--patience", "-1").returncode == 2
+
+
+def measuring(name: str, count: int, done: list[str]) -> Measuring:
+    """Return what is measured in so many parts."""
+    done.append(f"{name} is ready")
+    try:
+        for part in range(count):
+            yield
+            done.append(f"{name} {part}")
+        return Sample(count, float(count))
+    finally:
+        done.append(f"{name} is over")
+
+
+def test_parts_are_done_in_turn() -> None:
+    """All are made ready first, and who has no part left is left out."""
+    done: list[str] = []
+    whole = Sample(7, 7.0)
+    found = in_turn([measuring("a", 2, done), whole, measuring("b", 1, done), measuring("c", 0, done)])
+    assert [one.us for one in found] == [2.0, 7.0, 1.0, 0.0]
+    assert done == [
+        "a is ready",
+        "b is ready",
+        "c is ready",
+        "c is over",
+        "a 0",
+        "b 0",
+        "b is over",
+        "a 1",
+        "a is over",
+    ]
+
+
+def test_what_goes_wrong_in_one_part_ends_all() -> None:
+    """Every store is closed before it is told."""
+    done: list[str] = []
+
+    def wrong() -> Measuring:
+        yield
+        raise Mismatch("wrong")
+
+    with pytest.raises(Mismatch):
+        in_turn([measuring("a", 2, done), wrong(), measuring("b", 2, done)])
+    assert done == ["a is ready", "b is ready", "a 0", "a is over", "b is over"]
+
+
+def test_a_case_in_turn_has_a_fresh_directory_for_each_way(tmp_path: Path) -> None:
+    """And each way its own sample in every repetition, in whatever order they end."""
+    order: list[str] = []
+
+    def measured(_contender: Contender, way: Way, _workload: Workload, directory: Path) -> Measuring:
+        assert not list(directory.iterdir())
+        (directory / way.label).touch()
+        for _ in range(int(way.label)):
+            yield
+            order.append(way.label)
+        return Sample(1, float(way.label))
+
+    ways = tuple(Way("task", label, lambda _store: print) for label in ("3", "1", "2"))
+    case = Case("case", "a case", ("task",), measured, in_turn=True)
+    series = run_case(case, [Contender("one", "", ways)], Workload(100), 2, parent=tmp_path)
+    assert [[sample.us for sample in one.samples] for one in series] == [[3.0] * 2, [1.0] * 2, [2.0] * 2]
+    assert order == ["3", "1", "2", "3", "2", "3"] * 2
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from benchmarks.harness import Case, Sample, timed_parts
+from benchmarks.harness import Case, Measuring, Sample, parts_in_turn
 from benchmarks.protocol import Contender, Way
 from benchmarks.verify import check_answers
 from benchmarks.workload import Workload
@@ -36,11 +36,11 @@ def _never_seen(keys: int) -> list[tuple[str, int]]:
 
 def _encode(
     make: Callable[[int], list[tuple[str, int]]],
-) -> Callable[[Contender, Way, Workload, Path], Sample]:
-    def run(contender: Contender, way: Way, workload: Workload, _directory: Path) -> Sample:
+) -> Callable[[Contender, Way, Workload, Path], Measuring]:
+    def run(contender: Contender, way: Way, workload: Workload, _directory: Path) -> Measuring:
         parts = make(workload.portion(way, KEYS))
         encode = way.make(None)
-        encoded, us = timed_parts(encode, parts)
+        encoded, us = yield from parts_in_turn(encode, parts)
         check_answers(contender.name, (Key(data).parts for data in encoded), parts)
         return Sample(len(parts), us)
 
@@ -48,6 +48,6 @@ def _encode(
 
 
 CASES = (
-    Case("key", "a key of a repeating name and a number", ("encode",), _encode(_repeating)),
-    Case("key-new", "a key of a name never seen and a number", ("encode",), _encode(_never_seen)),
+    Case("key", "a key of a repeating name and a number", ("encode",), _encode(_repeating), in_turn=True),
+    Case("key-new", "a key of a name never seen and a number", ("encode",), _encode(_never_seen), in_turn=True),
 )

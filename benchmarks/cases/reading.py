@@ -10,11 +10,21 @@ Doesn't know: contenders, targets.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
-from benchmarks.harness import Case, Sample, awaited_parts, opened, percentiles, settled_garbage, timed_parts
+from benchmarks.harness import (
+    Case,
+    Measuring,
+    Sample,
+    awaited_in_turn,
+    each_in_turn,
+    opened,
+    parts_in_turn,
+    percentiles,
+)
 from benchmarks.protocol import AwaitedGet, Contender, Pair, Way
 from benchmarks.verify import check_answers
 from benchmarks.workload import SCANNED, SCANNED_ROWS, Workload, picked
@@ -25,7 +35,7 @@ TASKS = 64
 SCANS = 10
 
 
-def _get(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+def _get(contender: Contender, way: Way, workload: Workload, directory: Path) -> Measuring:
     rows = workload.for_contender(contender, workload.ordered)
     reads = picked(rows, workload.portion(way, READS))
     keys = [key for key, _payload in reads]
@@ -35,14 +45,9 @@ def _get(contender: Contender, way: Way, workload: Workload, directory: Path) ->
         # Once before: what was just written is still in the memory of some, and of others only what was read.
         for key in keys:
             get(key)
-        answers, us = timed_parts(lambda part: [get(key) for key in part], keys)
+        answers, us = yield from parts_in_turn(lambda part: [get(key) for key in part], keys)
         check_answers(contender.name, answers, (payload for _key, payload in reads))
-        times = []
-        with settled_garbage():
-            for key in keys[:READS_EACH]:
-                begun = perf_counter_ns()
-                get(key)
-                times.append(perf_counter_ns() - begun)
+        times = yield from each_in_turn(get, keys[:READS_EACH])
     return Sample(len(keys), us, *percentiles(times))
 
 
@@ -70,43 +75,34 @@ async def _each_at_once(get: AwaitedGet, keys: Sequence[bytes], times: list[int]
 
 
 def _awaited(
-    reading: Callable[..., Awaitable[list[bytes | None]]], each: Callable[..., Awaitable[None]]
-) -> Callable[[Contender, Way, Workload, Path], Sample]:
-    def run(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+    reading: Callable[..., Awaitable[list[bytes | None]]], each: Callable[..., Coroutine[Any, Any, None]]
+) -> Callable[[Contender, Way, Workload, Path], Measuring]:
+    def run(contender: Contender, way: Way, workload: Workload, directory: Path) -> Measuring:
         rows = workload.for_contender(contender, workload.ordered)
         reads = picked(rows, workload.portion(way, READS))
         keys = [key for key, _payload in reads]
         times: list[int] = []
-
-        async def measure(get: AwaitedGet) -> tuple[list[bytes | None], float]:
-            measured = await awaited_parts(lambda part: reading(get, part), keys)
-            with settled_garbage():
-                await each(get, keys[:READS_EACH], times)
-            return measured
-
         with opened(contender, directory) as (store, runner):
             store.fill(rows)
-            answers, us = runner.run(measure(way.make(store)))
+            get = way.make(store)
+            answers, us = yield from awaited_in_turn(runner, lambda part: reading(get, part), keys)
+            yield
+            runner.run(each(get, keys[:READS_EACH], times))
         check_answers(contender.name, answers, (payload for _key, payload in reads))
         return Sample(len(keys), us, *percentiles(times))
 
     return run
 
 
-def _scan(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+def _scan(contender: Contender, way: Way, workload: Workload, directory: Path) -> Measuring:
     rows = workload.for_contender(contender, workload.ordered)
     wanted = workload.for_contender(contender, workload.scanned)
     prefix = SCANNED if contender.takes_keys else bytes(SCANNED)
-    times = []
     with opened(contender, directory) as (store, _runner):
         store.fill(rows)
         store.fill(wanted)
         scan = way.make(store)
-        for _ in range(SCANS):
-            with settled_garbage():
-                begun = perf_counter_ns()
-                read_all(scan(prefix))
-                times.append(perf_counter_ns() - begun)
+        times = yield from each_in_turn(lambda prefix: read_all(scan(prefix)), [prefix] * SCANS)
         found = list(scan(prefix))
     check_answers(contender.name, found, wanted)
     p50, p99 = percentiles(times)
@@ -122,8 +118,15 @@ def read_all(rows: Iterable[Pair]) -> int:
 
 
 CASES = (
-    Case("get", "blocking get, idle job", ("get",), _get),
-    Case("aget", "awaited get, in turn", ("aget",), _awaited(_in_turn, _each)),
-    Case("aget-64", "awaited get, 64 tasks at once", ("aget",), _awaited(_at_once, _each_at_once)),
-    Case("scan", "scan_prefix of 10,000 rows, every key and payload read", ("scan",), _scan, rows=SCANNED_ROWS),
+    Case("get", "blocking get, idle job", ("get",), _get, in_turn=True),
+    Case("aget", "awaited get, in turn", ("aget",), _awaited(_in_turn, _each), in_turn=True),
+    Case("aget-64", "awaited get, 64 tasks at once", ("aget",), _awaited(_at_once, _each_at_once), in_turn=True),
+    Case(
+        "scan",
+        "scan_prefix of 10,000 rows, every key and payload read",
+        ("scan",),
+        _scan,
+        rows=SCANNED_ROWS,
+        in_turn=True,
+    ),
 )

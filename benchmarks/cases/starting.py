@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Generator
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from statistics import median
 from time import perf_counter_ns
 
 from benchmarks.contenders import OURS, load
-from benchmarks.harness import Case, Sample, opened, percentiles, settled_garbage
+from benchmarks.harness import Case, Measuring, Sample, opened, parts, percentiles
 from benchmarks.process import run_program
 from benchmarks.protocol import CATEGORY, Contender, Jobs, Way
 from benchmarks.verify import Mismatch, check_answers
@@ -62,12 +63,12 @@ def _import(contender: Contender, way: Way, workload: Workload, _directory: Path
     return Sample(len(times), median(times) / 1000)
 
 
-def _open(contender: Contender, way: Way, workload: Workload, directory: Path) -> Sample:
+def _open(contender: Contender, way: Way, workload: Workload, directory: Path) -> Measuring:
     _store(workload, directory)
     rows = workload.for_contender(contender, workload.ordered)[:ROWS_STORED]
     reads = random.Random(3).choices(rows, k=workload.portion(way, OPENINGS))
     with closing(way.make(None)(directory, None)) as jobs:
-        opening, closed, answers = _open_each(jobs, [key for key, _payload in reads])
+        opening, closed, answers = yield from _open_each(jobs, [key for key, _payload in reads])
     check_answers(contender.name, answers, (payload for _key, payload in reads))
     p50, p99 = percentiles(opening)
     return Sample(len(reads), p50, p50, p99, more={"us to close": percentiles(closed)[0]})
@@ -79,11 +80,12 @@ def _store(workload: Workload, directory: Path) -> None:
         store.fill(workload.ordered[:ROWS_STORED])
 
 
-def _open_each(jobs: Jobs, keys: list[bytes]) -> tuple[list[int], list[int], list[bytes | None]]:
+def _open_each(jobs: Jobs, keys: list[bytes]) -> Generator[None, None, tuple[list[int], list[int], list[bytes | None]]]:
     """Open a job, read one row, close it again, for each key; return what opening and closing took, and the answers."""
     opening, closed, answers = [], [], []
-    with settled_garbage():
-        for key in keys:
+    for part in parts(keys):
+        yield
+        for key in part:
             begun = perf_counter_ns()
             job = jobs.open(CATEGORY)
             opening.append(perf_counter_ns() - begun)
@@ -96,5 +98,5 @@ def _open_each(jobs: Jobs, keys: list[bytes]) -> tuple[list[int], list[int], lis
 
 CASES = (
     Case("import", "import in a fresh interpreter, beyond apsw and cbor2", ("import",), _import),
-    Case("open", "opening an existing file of 1,000 rows, median", ("open",), _open),
+    Case("open", "opening an existing file of 1,000 rows, median", ("open",), _open, in_turn=True),
 )
