@@ -8,7 +8,8 @@ Rules:
      in one repetition.
   3. Where many short calls are measured, the median of their parts stands for a repetition; where the work goes on
      behind the calls, as that of puts does, the whole does.
-  4. A measurement at whose beginning or end the machine was slow is made again, if whoever asks has the patience.
+  4. A measurement that isn't done in turn with others is made again if the machine was slow at its beginning or end,
+     and whoever asks has the patience.
   5. The garbage collector is treated the same for all: what was made ready is collected and frozen beforehand, then
      the collector stays on, as it does for users.
 
@@ -30,7 +31,7 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.pace import Pace
 from benchmarks.protocol import Contender, Store, Way
@@ -127,21 +128,23 @@ def run_case(
     pace = pace or Pace()
     pairs = [(contender, way) for contender in contenders for way in case.ways(contender)]
     series = [Series(case.name, contender.name, way.label) for contender, way in pairs]
-    places = [contender.name if case.one_directory else str(at) for at, (contender, _way) in enumerate(pairs)]
-    turns = list(zip(places, pairs, series, strict=True))
+    groups = [_group(case, contender, at) for at, (contender, _way) in enumerate(pairs)]
+    turns = list(zip(groups, pairs, series, strict=True))
     for _ in range(repeat):
-        if case.in_turn:
-            samples = pace.measured(partial(_measure_in_turn, case, pairs, workload, parent, step), once=True)
-            for one, sample in zip(series, samples, strict=True):
-                one.samples.append(sample)
-            continue
-        for _place, together in groupby(turns, key=itemgetter(0)):
+        for _group_name, together in groupby(turns, key=itemgetter(0)):
             turn = list(together)
             measure = partial(_measure, case, [pair for _, pair, _ in turn], workload, parent, step)
-            samples = pace.measured(measure, once=case.one_directory)
+            samples = pace.measured(measure, once=case.one_directory or case.in_turn)
             for (_, _, one), sample in zip(turn, samples, strict=True):
                 one.samples.append(sample)
     return series
+
+
+def _group(case: Case, contender: Contender, at: int) -> str:
+    """Name what a way is measured together with: all others, those of its contender, or nothing."""
+    if case.in_turn:
+        return case.name
+    return contender.name if case.one_directory else str(at)
 
 
 def _measure(
@@ -153,33 +156,15 @@ def _measure(
     *,
     again: bool,
 ) -> list[Sample]:
-    """Measure the ways that share a directory, one after another; `again`: that step was taken already."""
-    samples = []
-    with _fresh(parent) as directory:
-        for contender, way in pairs:
-            if not again:
-                step(f"{case.name}: {contender.name}, {way.label}")
-            samples += in_turn([case.run(contender, way, workload, directory)])
-    return samples
-
-
-def _measure_in_turn(
-    case: Case,
-    pairs: Sequence[tuple[Contender, Way]],
-    workload: Workload,
-    parent: Path | None,
-    step: Callable[[str], None],
-    *,
-    again: bool,
-) -> list[Sample]:
-    """Measure all ways part by part, each in a directory of its own."""
+    """Measure the ways of one group; `again`: that step was taken already."""
     with ExitStack() as stack:
-        measurings = []
+        shared = stack.enter_context(_fresh(parent)) if case.one_directory else None
+        found = []
         for contender, way in pairs:
             if not again:
                 step(f"{case.name}: {contender.name}, {way.label}")
-            measurings.append(case.run(contender, way, workload, stack.enter_context(_fresh(parent))))
-        return in_turn(measurings)
+            found.append(case.run(contender, way, workload, shared or stack.enter_context(_fresh(parent))))
+        return in_turn(found)
 
 
 def in_turn(measurings: Sequence[Sample | Measuring]) -> list[Sample]:
@@ -252,23 +237,22 @@ def timed_parts(call: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[
 
     So a moment in which the machine did something else doesn't count, whoever it hits.
     """
-    answers: list[Any] = []
-    times = []
+    measuring = parts_in_turn(call, items, PARTS)
     with settled_garbage():
-        for part in parts(items):
-            begun = perf_counter_ns()
-            answers += call(part)
-            times.append((perf_counter_ns() - begun) / len(part))
-    return answers, median(times) / 1000
+        while True:
+            try:
+                next(measuring)
+            except StopIteration as ended:
+                return cast("tuple[list[Any], float]", ended.value)
 
 
 def parts_in_turn(
-    call: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]
+    call: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any], count: int = TURNS
 ) -> Generator[None, None, tuple[list[Any], float]]:
     """Do what `timed_parts` does, and let others have their turn before each part."""
     answers: list[Any] = []
     times = []
-    for part in parts(items, TURNS):
+    for part in parts(items, count):
         yield
         begun = perf_counter_ns()
         answers += call(part)

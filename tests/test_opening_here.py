@@ -623,8 +623,7 @@ os._exit(0)
 """
 
 ENDS_BESIDE_OTHERS = f"""
-import sqlite3, sys
-from pathlib import Path
+import sys
 from persistency import Persistency
 p = Persistency(sys.argv[1], exit_timeout=float(sys.argv[2]))
 jobs = [p.open_job(f"job-{{number}}") for number in range({LOCKED})]
