@@ -12,11 +12,11 @@ Doesn't know: mailboxes, threads, SQL.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from os import PathLike, fspath
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from persistency.codec.keys import KEY_BYTES_MAX, Key, KeyRange, as_key, pack
@@ -26,6 +26,7 @@ from persistency.storage.port import PAYLOAD_BYTES_MAX
 CATEGORY_BYTES_MAX = 255
 TTL_SECONDS_MAX = 10_000_000_000  # some 317 years; nobody who means to set an end sets one beyond
 _NAMES_KEPT = 4_096
+_UNDONE = 0x20 | 0x80 | 0x200  # what `inspect` calls CO_GENERATOR, CO_COROUTINE and CO_ASYNC_GENERATOR
 
 
 class _Categories(dict[str, bytes]):
@@ -224,6 +225,10 @@ def as_function(value: Any) -> Callable[..., Any]:
     """Return a function to be run inside the actor; one that doesn't do its work when it is called is refused."""
     if not callable(value):
         raise Misuse(f"fn must be callable, not {type(value).__name__}: pass a function of the transaction")
+    if type(value) is FunctionType and not (value.__code__.co_flags & _UNDONE or value.__dict__):
+        return value  # the usual one; what is marked, or wraps another one, has a dict with something in it
+    import inspect  # only here: it takes as long to import as a fifth of this package
+
     call = value
     while isinstance(call, functools.partial):
         call = call.func

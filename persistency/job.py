@@ -14,7 +14,6 @@ Doesn't know: threads, SQL, files, which engine stores the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
@@ -239,7 +238,7 @@ class Job(Reads):
     def statistics(self) -> Statistics:
         """Return the job's numbers of this instant."""
         numbers = self._statistics()
-        return replace(numbers, state="closed") if self._closed else numbers
+        return numbers.__replace__(state="closed") if self._closed else numbers
 
     def close(self, timeout: float | None = None, *, drain: bool = True) -> None:
         """Write what waits and close the job for its `Persistency`; the last one that has it open closes the file.

@@ -13,7 +13,6 @@ Doesn't know: mailboxes, threads, SQL.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -133,7 +132,9 @@ def batch(ops: Op | Iterable[Op], now_ms: NowMs) -> tuple[Batch, int]:
         else:
             nbytes += len(message) + len(payload)
         if payload is not None and op.payload is not payload:
-            op = replace(op, payload=payload)  # as it was at the call: the caller may go on writing into it
+            op = Put(
+                op.category, op.key, payload, op.ttl
+            )  # as it was at the call: the caller may go on writing into it
         origin.append(op)
     return Batch(items, len(given), expects, tuple(origin)), nbytes
 

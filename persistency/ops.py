@@ -11,11 +11,11 @@ Doesn't know: how anything is stored, posted or encoded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 from persistency.codec.keys import Key, KeyRange, as_key
+from persistency.frozen import Frozen, give
 
 T = TypeVar("T")
 
@@ -24,54 +24,82 @@ Payload: TypeAlias = bytes | bytearray | memoryview
 Ttl: TypeAlias = float | timedelta
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(Frozen):
     """Store `payload` under `key`, whatever was there.
 
     `payload`: any bytes-like object, empty allowed, up to 256 MiB; `ttl`: after how long the row ends, in seconds or as
     a `timedelta`, counted from the call that posts the operation (`None`: it doesn't end).
     """
 
+    __slots__ = __match_args__ = ("category", "key", "payload", "ttl")
+
     category: str
     key: KeyLike
     payload: Payload
-    ttl: Ttl | None = None
+    ttl: Ttl | None
+
+    def __init__(self, category: str, key: KeyLike, payload: Payload, ttl: Ttl | None = None) -> None:
+        give(self, "category", category)
+        give(self, "key", key)
+        give(self, "payload", payload)
+        give(self, "ttl", ttl)
 
 
-@dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(Frozen):
     """Remove one row; a missing one is fine."""
+
+    __slots__ = __match_args__ = ("category", "key")
 
     category: str
     key: KeyLike
 
+    def __init__(self, category: str, key: KeyLike) -> None:
+        give(self, "category", category)
+        give(self, "key", key)
 
-@dataclass(frozen=True, slots=True)
-class DeletePrefix:
+
+class DeletePrefix(Frozen):
     """Remove the row of the key `prefix` and those of all its children. An empty prefix is refused."""
+
+    __slots__ = __match_args__ = ("category", "prefix")
 
     category: str
     prefix: KeyLike
 
+    def __init__(self, category: str, prefix: KeyLike) -> None:
+        give(self, "category", category)
+        give(self, "prefix", prefix)
 
-@dataclass(frozen=True, slots=True)
-class DeleteRange:
+
+class DeleteRange(Frozen):
     """Remove the rows from `key_range.start` up to, not including, `key_range.stop`. Unbounded is refused."""
+
+    __slots__ = __match_args__ = ("category", "key_range")
 
     category: str
     key_range: KeyRange
 
+    def __init__(self, category: str, key_range: KeyRange) -> None:
+        give(self, "category", category)
+        give(self, "key_range", key_range)
 
-@dataclass(frozen=True, slots=True)
-class Check:
+
+class Check(Frozen):
     """Require that the row's version is `version` (`None`: that there is no row), or the whole batch fails.
 
     Checks look at the state before their batch, wherever in the batch they stand.
     """
 
+    __slots__ = __match_args__ = ("category", "key", "version")
+
     category: str
     key: KeyLike
     version: int | None
+
+    def __init__(self, category: str, key: KeyLike, version: int | None) -> None:
+        give(self, "category", category)
+        give(self, "key", key)
+        give(self, "version", version)
 
 
 Op: TypeAlias = Put | Delete | DeletePrefix | DeleteRange | Check

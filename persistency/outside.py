@@ -12,7 +12,6 @@ Doesn't know: what is in a file, jobs.
 from __future__ import annotations
 
 import errno
-import inspect
 import io
 import os
 import re
@@ -75,6 +74,8 @@ def _as_open_file(value: Any, argument: str, verb: str, ability: str) -> Any:
     method = getattr(value, verb, None)
     if not callable(method) or isinstance(value, type):
         raise Misuse(f"{argument} must be a path or an open file, not {type(value).__name__}: {instead}")
+    import inspect  # only here: it takes as long to import as a fifth of this package
+
     if inspect.iscoroutinefunction(method):
         raise Misuse(f"{argument}.{verb}() is a coroutine function, and is to be called in a plain thread: {instead}")
     # The wrappers of text files that `tempfile` and `codecs` have are known by their encoding.

@@ -13,9 +13,9 @@ Doesn't know: mailboxes, replies, SQL, when anything is committed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from threading import get_ident
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
 
 from persistency import messages
@@ -40,6 +40,7 @@ from persistency.storage.port import (
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 _EVERYTHING = KeyRange()
+_UNDONE = (CoroutineType, GeneratorType, AsyncGeneratorType)  # answers that are work still to be done
 
 
 class Transaction:
@@ -275,8 +276,8 @@ def program(
             transaction._within = None
             if mailbox is not None:
                 mailbox.inside = None
-        if inspect.iscoroutine(answer) or inspect.isgenerator(answer) or inspect.isasyncgen(answer):
-            if not inspect.isasyncgen(answer):
+        if isinstance(answer, _UNDONE):
+            if not isinstance(answer, AsyncGeneratorType):
                 answer.close()
             raise Misuse(
                 f"fn returned a {type(answer).__name__}, whose work isn't done yet: return what it gives",

@@ -197,9 +197,11 @@ FLOORS = [
     "codec.stream",
     "codec.values",
     "codec",
+    "frozen",
     "errors",
     "logfields",
 ]
+SLOW_TO_IMPORT = {"dataclasses", "inspect"}  # together as long as a fifth of the package
 ADAPTERS = {
     "storage.directory",
     "storage.sqlite",
@@ -389,7 +391,30 @@ else:
     )
     views = {"category", "coding", "codec.objects", "codec.records", "mapping", "feed", "kvstore", "shared", "transfer"}
     slow = {f"persistency.{view}" for view in views} | {"hashlib", "random", "tempfile", "persistency.storage.memory"}
+    assert not SLOW_TO_IMPORT & set(found.stdout.split())
     assert not slow & set(found.stdout.split())
+
+
+def test_who_only_reads_and_writes_never_imports_what_is_slow(tmp_path: Path) -> None:
+    """A program that opens a job, writes, reads, runs a function and looks at the numbers, which are a dataclass."""
+    program = """
+import sys
+from persistency import Persistency, Put, key
+with Persistency(sys.argv[1]) as p, p.open_job("a") as job:
+    job.put("c", key("k"), b"x", ttl=60)
+    job.commit([Put("c", ("l",), bytearray(b"y"))]).result()
+    assert [row.payload for row in job.scan("c").result()] == [b"x", b"y"]
+    assert job.run(lambda tx: tx.get("c", ("l",))).result() == b"y"
+    numbers = job.statistics()
+    print(*sys.modules)
+import dataclasses
+assert dataclasses.asdict(numbers)["pending"] == 0
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60,
+        cwd=HOUSE.parent,
+    )  # fmt: skip
+    assert not SLOW_TO_IMPORT & set(found.stdout.split())
 
 
 def test_words_that_never_stay() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import inspect
+import sys
 import threading
 import time
 import warnings
@@ -515,6 +517,13 @@ NO_FUNCTIONS: dict[str, Any] = {
     "a partial of an object with an async call": functools.partial(Awaits()),
     "a partial of an object with a generator call": functools.partial(Generates()),
 }
+if sys.version_info >= (3, 12):
+
+    @inspect.markcoroutinefunction
+    def _marked(tx: Transaction) -> Any:
+        return _coroutine(tx)
+
+    NO_FUNCTIONS["a function that is marked as a coroutine function"] = _marked
 
 
 @pytest.mark.parametrize("name", NO_FUNCTIONS)

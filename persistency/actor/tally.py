@@ -10,10 +10,10 @@ Doesn't know: messages, turns.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
+from persistency.frozen import Frozen, give
 from persistency.storage.port import Status
 
 State = Literal["live", "idle", "stalled", "poisoned", "closed"]
@@ -22,8 +22,7 @@ _COMMITS_KEPT = 1_024  # the latest, for the percentiles
 _openings = count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
+class Statistics(Frozen):
     """A job's numbers at one instant.
 
     `accepted`, `committed`, `failed` and `pending` count write operations; `mailbox_bytes` the keys and payloads
@@ -32,6 +31,11 @@ class Statistics:
     `wal_pinned` says that another process, which reads there, keeps it from being. `opening` tells the openings of
     this process' jobs apart: counters begin anew with each, and go on while a job rests.
     """
+
+    __slots__ = __match_args__ = (
+        "state", "accepted", "committed", "failed", "pending", "mailbox_bytes", "commits", "commit_ms_p50",
+        "commit_ms_p99", "wal_bytes", "wal_pinned", "opening",
+    )  # fmt: skip
 
     state: State
     accepted: int
@@ -43,8 +47,36 @@ class Statistics:
     commit_ms_p50: float
     commit_ms_p99: float
     wal_bytes: int
-    wal_pinned: bool = False
-    opening: int = 0
+    wal_pinned: bool
+    opening: int
+
+    def __init__(
+        self,
+        state: State,
+        accepted: int,
+        committed: int,
+        failed: int,
+        pending: int,
+        mailbox_bytes: int,
+        commits: int,
+        commit_ms_p50: float,
+        commit_ms_p99: float,
+        wal_bytes: int,
+        wal_pinned: bool = False,
+        opening: int = 0,
+    ) -> None:
+        give(self, "state", state)
+        give(self, "accepted", accepted)
+        give(self, "committed", committed)
+        give(self, "failed", failed)
+        give(self, "pending", pending)
+        give(self, "mailbox_bytes", mailbox_bytes)
+        give(self, "commits", commits)
+        give(self, "commit_ms_p50", commit_ms_p50)
+        give(self, "commit_ms_p99", commit_ms_p99)
+        give(self, "wal_bytes", wal_bytes)
+        give(self, "wal_pinned", wal_pinned)
+        give(self, "opening", opening)
 
 
 class Tally:

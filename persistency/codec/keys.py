@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import struct
 import sys
-from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, Self
 
@@ -43,6 +42,7 @@ from persistency.codec.parts import (
     unescape,
 )
 from persistency.errors import Misuse
+from persistency.frozen import Frozen, give
 
 KEY_BYTES_MAX = 8192  # The longest key a job takes, encoded.
 # A tuple that holds one tuple twice, which holds another twice, ..., would double its size at each of the levels.
@@ -175,19 +175,20 @@ def as_key(value: Any, argument: str = "key") -> Key:
     return value  # type: ignore[no-any-return]  # a Key by now
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class KeyRange:
+class KeyRange(Frozen):
     """The keys from `start`, included, to `stop`, excluded; `None` leaves a side open.
 
     A side may be given as a tuple. Raises `Misuse` for any other type. An empty `start` is the same as none.
     """
 
+    __slots__ = __match_args__ = ("start", "stop")
+
     start: Key | None
     stop: Key | None
 
     def __init__(self, start: Key | tuple[Any, ...] | None = None, stop: Key | tuple[Any, ...] | None = None) -> None:
-        object.__setattr__(self, "start", _bound(start, "start") or None)
-        object.__setattr__(self, "stop", _bound(stop, "stop"))
+        give(self, "start", _bound(start, "start") or None)
+        give(self, "stop", _bound(stop, "stop"))
 
     @classmethod
     def prefix(cls, prefix: Key | tuple[Any, ...]) -> KeyRange:
@@ -282,7 +283,9 @@ def _encode(part: Any, depth: int) -> bytes:
             where = "nested tuple" if depth else "key"
             raise Misuse(f"a {type(part).__name__} can't be a part of a {where}", hint="Pass its parts, or bytes(k).")
         return part
-    if is_dataclass(part) and not isinstance(part, type | tuple):
+    if hasattr(type(part), "__dataclass_fields__") and not isinstance(part, tuple):
+        from dataclasses import fields  # loaded by now: the part's class was made with it
+
         part = tuple(getattr(part, field.name) for field in fields(part))
     if isinstance(part, tuple):
         if depth == _DEPTH_MAX:

@@ -21,7 +21,6 @@ Doesn't know: threads, futures, key tuples, SQL, clocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -127,8 +126,7 @@ Durability: TypeAlias = Literal["process", "power"]
 PAYLOAD_BYTES_MAX = 256 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class StoreOptions:
+class StoreOptions(NamedTuple):
     """What a job's store is opened with.
 
     `max_bytes` bounds the payloads of all live rows together (`None`: no bound); `feed_changes_max` is how many

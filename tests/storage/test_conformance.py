@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ class TestDirectory(StoreConformance):
         return self.reopen_store(options)
 
     def reopen_store(self, options: StoreOptions) -> Store:
-        return self.root.open(f"job{self.opened}", replace(options, durability=self.durability))
+        return self.root.open(f"job{self.opened}", options._replace(durability=self.durability))
 
 
 class TestPostgres(StoreConformance):
@@ -89,7 +88,7 @@ class TestPostgres(StoreConformance):
         return self.reopen_store(options)
 
     def reopen_store(self, options: StoreOptions) -> Store:
-        return self.root.open(f"{self.name}.{self.opened}", replace(options, durability=self.durability))
+        return self.root.open(f"{self.name}.{self.opened}", options._replace(durability=self.durability))
 
 
 class TestPostgresWithPower(TestPostgres):
@@ -376,12 +375,12 @@ def _reaps_in_silence(store: MemoryStore, limit: int) -> list[Any]:
 
 # Methods that are wrong, by what is wrong with them.
 METHODS: dict[str, dict[str, Any]] = {
-    "nobody minds the quota": _with_options(lambda options: replace(options, max_bytes=None)),
+    "nobody minds the quota": _with_options(lambda options: options._replace(max_bytes=None)),
     "the quota is a byte less": _with_options(
-        lambda options: replace(options, max_bytes=options.max_bytes and options.max_bytes - 1)
+        lambda options: options._replace(max_bytes=options.max_bytes and options.max_bytes - 1)
     ),
     "one change too many is kept": _with_options(
-        lambda options: replace(options, feed_changes_max=options.feed_changes_max and options.feed_changes_max + 1)
+        lambda options: options._replace(feed_changes_max=options.feed_changes_max and options.feed_changes_max + 1)
     ),
     "batches and runs have no quota": {"_refusal": lambda _self, _limit, _mark: None},
     "what is undone still uses bytes": {"_take_back": _keeps_what_it_undoes},

@@ -173,7 +173,7 @@ steps = st.lists(
     choice(st.tuples(step), st.tuples(step), st.tuples(ending, waits, groups, waits, reaps)), min_size=1, max_size=9
 ).map(lambda some: list(itertools.chain(*some)))
 kept = st.builds(
-    StoreOptions,
+    lambda max_bytes, feed_changes_max: StoreOptions(max_bytes=max_bytes, feed_changes_max=feed_changes_max),
     max_bytes=st.sampled_from([None, None, 12, 200, 1000]),
     feed_changes_max=st.sampled_from([0, 3, 40, 10_000]),
 )
