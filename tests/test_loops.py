@@ -243,7 +243,7 @@ def test_a_reply_awaited_through_generators_and_helpers_in_the_middle_of_another
 
 def test_the_turn_of_a_ready_reply_belongs_to_the_task_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn under asyncio, in the middle of a task of trio's, and the other way round, is the right one's."""
-    monkeypatch.setattr("persistency.actor.reply._LOOP_TURN_S", -1.0)
+    monkeypatch.setattr("persistency.actor.reply.TURN_S", -1.0)
 
     async def inner() -> int:
         return await ready(1) + await ready(2)
@@ -861,7 +861,8 @@ def test_a_turn_is_not_given_for_every_ready_reply(monkeypatch: pytest.MonkeyPat
     """The turns of trio are a millisecond apart, whatever the number of answers."""
     now = [0.0]
     monkeypatch.setattr("persistency.actor.reply.monotonic", lambda: now[0])
-    monkeypatch.setattr("persistency.actor.reply._turns", types.SimpleNamespace(at=0.0))
+    monkeypatch.setattr("persistency.actor.loops.monotonic", lambda: now[0])
+    monkeypatch.setattr(loops.turns, "at", 0.0)
     checkpoints = 0
     checkpoint = trio.lowlevel.checkpoint
 

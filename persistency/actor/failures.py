@@ -1,10 +1,11 @@
-"""Failures: what became of events that were accepted and then failed, until somebody has been told.
+"""Failures: what became of what was accepted and then failed, until somebody has been told.
 
 Rules:
   1. A failed event is reported four ways: the log, `on_error` (on a thread of its own), the statistics (not kept
      here), and exactly one `take()`, by a flush or a close.
   2. Kept are up to 1,000 failures and 1 MiB of payload; of what is beyond only the count.
-  3. Nothing a callback throws reaches the worker, and a slow callback holds nobody up.
+  3. The failure of a request is told by its reply; one whose reply was dropped unseen, by whoever made the reply.
+  4. Nothing a callback throws reaches the worker, and a slow callback holds nobody up.
 
 Doesn't know: mailboxes, the store, what the operations mean.
 """
@@ -26,6 +27,21 @@ FAILURES_MAX = 1_000
 PAYLOAD_BYTES_MAX = 1024 * 1024
 
 OnError = Callable[[str, Sequence[Failure]], object]
+
+
+class Unseen:
+    """Kept by a failed reply nobody has looked at: when it is dropped with the reply, it tells."""
+
+    __slots__ = ("error", "tell")
+
+    def __init__(self, error: BaseException, tell: Callable[[BaseException], None]) -> None:
+        self.error: BaseException = error
+        self.tell: Callable[[BaseException], None] | None = tell
+
+    def __del__(self) -> None:
+        tell = getattr(self, "tell", None)  # it has none if an interrupt came while it was made
+        if tell is not None:
+            tell(self.error)
 
 
 class _Kept:

@@ -15,11 +15,24 @@ Doesn't know: what is waited for. The only door to `asyncio` and `trio`.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable
+from time import monotonic
 from types import FrameType
 from typing import Any, Final, NamedTuple
 
+TURN_S: Final = 0.001  # so often a task that never has to wait gives its loop a turn
+
 _modules: Final = sys.modules
+
+
+class _Turns(threading.local):
+    """When this thread's event loop was last given a turn by a task that didn't have to wait."""
+
+    at: float = 0.0
+
+
+turns: Final = _Turns()
 
 
 def running_loop() -> Any | None:
@@ -63,6 +76,7 @@ def turn() -> Generator[Any, None, None]:
         yield from _modules["trio.lowlevel"].checkpoint().__await__()
     else:
         yield  # a bare one is a turn for asyncio
+    turns.at = monotonic()
 
 
 def sleep(loop: Any, future: Any, seconds: float | None) -> Generator[Any, None, None]:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from persistency.actor.bounds import Bounds, Level, Poster, Queue, overloaded, standing
 from persistency.actor.door import Door, Refusal
 from persistency.actor.loops import running_loop
-from persistency.actor.reply import FINISHED, Reply
+from persistency.actor.reply import Answered, Reply
 from persistency.actor.settling import cancel, pending, ready, settle_all
 from persistency.errors import PersistencyError, StorageError
 from persistency.storage.port import PLACES, GetRow, Group
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 CROWD_OPS_MIN = 512  # fewer are written too soon for anything to be done beside it
 
-_new_reply = Reply.__new__
+_new_answered = Answered.__new__
 
 
 class Mailbox(Door):
@@ -93,7 +93,7 @@ class Mailbox(Door):
     def get(self, category: bytes, key: bytes) -> Reply[bytes | None]:
         """Answer a point read: in place if nothing is waiting and the turn is free, else through the line."""
         if self.get_in_place is not None and (self._inline or running_loop() is None):
-            reply = _new_reply(Reply)
+            reply: Reply[bytes | None] = _new_answered(Answered)
             try:
                 with self._lock:
                     get = self.get_in_place
@@ -102,7 +102,6 @@ class Mailbox(Door):
                         self._holder = reply
                 if self._holder is reply and get is not None:  # then as `ready` does, without a call
                     reply._result = get(category, key)
-                    reply._state = FINISHED
                     return reply
             except StorageError as error:
                 return ready(error=error)

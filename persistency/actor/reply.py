@@ -8,7 +8,7 @@ Rules:
   2. One group of replies wakes each event loop once.
   3. A request that writes can't be cancelled; a read can, as long as it waits in the mailbox.
   4. A failure nobody has looked at, when its reply is dropped, goes to the reply's `unseen` hook.
-  5. A reply that was ready at once still gives the event loop a turn at least once a millisecond.
+  5. A reply that was answered at once still gives the event loop a turn, at least once a millisecond.
 
 Doesn't know: what is asked or answered, mailboxes, workers, whose the event loops are.
 """
@@ -22,7 +22,8 @@ from concurrent.futures import CancelledError, Future
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from persistency.actor.loops import running_loop, sleep, turn
+from persistency.actor.failures import Unseen
+from persistency.actor.loops import TURN_S, running_loop, sleep, turn, turns
 from persistency.errors import Misuse
 from persistency.logfields import about
 
@@ -37,7 +38,6 @@ _DONE = (FINISHED, CANCELLED)
 # What answers are made of: nobody has a reason to compare a reply with these.
 _ANSWERS = frozenset((bytes, str, int, float, bool, list, dict, tuple, type(None)))
 _FORGOTTEN = "A request gives a Reply at once, and the answer later."
-_LOOP_TURN_S = 0.001
 
 # Guards every change of a reply's state, and the making of its waiting apparatus. One for all: it is held for
 # microseconds, and once per group. Re-entrant, because signal handlers and `__del__` settle replies too.
@@ -58,30 +58,6 @@ class Line(Protocol):
     def waits_for_itself(self) -> bool:
         """Say whether the calling thread is the one that would have to answer."""
         raise NotImplementedError  # a docstring alone would be read as one that returns None
-
-
-class _Turns(threading.local):
-    """When this thread's event loop was last given a turn by a reply that was ready at once."""
-
-    at = 0.0
-
-
-_turns = _Turns()
-
-
-class Unseen:
-    """Kept by a failed reply nobody has looked at: when it is dropped with the reply, it tells."""
-
-    __slots__ = ("error", "tell")
-
-    def __init__(self, error: BaseException, tell: Callable[[BaseException], None]) -> None:
-        self.error: BaseException = error
-        self.tell: Callable[[BaseException], None] | None = tell
-
-    def __del__(self) -> None:
-        tell = getattr(self, "tell", None)  # it has none if an interrupt came while it was made
-        if tell is not None:
-            tell(self.error)
 
 
 class Reply(Future[T]):
@@ -196,9 +172,8 @@ class Reply(Future[T]):
     def __await__(self) -> Generator[Any, None, T]:
         if self._state == PENDING:
             yield from self._wait_in_loop()
-        elif monotonic() - _turns.at > _LOOP_TURN_S:
+        elif monotonic() - turns.at > TURN_S:
             yield from turn()
-            _turns.at = monotonic()
         return self.result()
 
     # -- waiting -------------------------------------------------------------------------------------------------
@@ -345,6 +320,21 @@ class _Wait:
         yield from self._reply._wait_in_loop(self._timeout)
 
 
+class Answered(Reply[T]):
+    """A reply that had its answer before anybody had the reply: nothing to wait for, and nothing that has failed."""
+
+    _state = FINISHED
+
+    def result(self, timeout: float | None = None) -> T:  # noqa: ARG002  # as that of all replies
+        """Return the answer, at once."""
+        return self._result  # type: ignore[no-any-return]  # Any, by construction a T
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if monotonic() - turns.at > TURN_S:
+            yield from turn()
+        return self._result  # type: ignore[no-any-return]  # as above
+
+
 class _Mapped(Reply[U], Generic[T, U]):
     """A reply whose answer is made of another's, by the thread that takes it."""
 
@@ -397,4 +387,5 @@ class _Mapped(Reply[U], Generic[T, U]):
                 self._fn = None
 
 
-_Mapped.__name__ = _Mapped.__qualname__ = "Reply"  # so that errors speak of what its users know
+for _kind in (Answered, _Mapped):
+    _kind.__name__ = _kind.__qualname__ = "Reply"  # so that errors speak of what its users know

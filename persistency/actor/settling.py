@@ -17,8 +17,9 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+from persistency.actor.failures import Unseen
 from persistency.actor.loops import wake
-from persistency.actor.reply import CANCELLED, FINISHED, PENDING, Line, Reply, Unseen, gate
+from persistency.actor.reply import CANCELLED, FINISHED, PENDING, Answered, Line, Reply, gate
 from persistency.errors import Forked
 from persistency.logfields import about
 
@@ -44,7 +45,11 @@ def fill(reply: Reply[Any], error: BaseException | None, value: Any = None) -> R
 
 def ready(value: Any = None, error: BaseException | None = None) -> Reply[Any]:
     """Return a reply that is settled already."""
-    return fill(Reply.__new__(Reply), error, value)
+    if error is not None:
+        return fill(new_reply(), error)
+    reply: Reply[Any] = Answered.__new__(Answered)
+    reply._result = value
+    return reply
 
 
 def pending(line: Line, *, reads: bool) -> Reply[Any]:

@@ -263,6 +263,7 @@ def test_ready_replies_give_the_loop_a_turn(monkeypatch: pytest.MonkeyPatch) -> 
     """Awaiting answers that are ready at once gives the loop's other work a turn in each millisecond, and no more."""
     now = time.monotonic()  # later than any turn that was given in this thread
     monkeypatch.setattr("persistency.actor.reply.monotonic", lambda: now)
+    monkeypatch.setattr("persistency.actor.loops.monotonic", lambda: now)
 
     async def main() -> list[float]:
         nonlocal now
