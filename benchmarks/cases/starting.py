@@ -20,7 +20,7 @@ from statistics import median
 from time import perf_counter_ns
 
 from benchmarks.contenders import OURS, load
-from benchmarks.harness import Case, Measuring, Sample, opened, parts, percentiles
+from benchmarks.harness import TURNS, Case, Measuring, Sample, opened, parts, percentiles
 from benchmarks.process import run_program
 from benchmarks.protocol import CATEGORY, Contender, Jobs, Way
 from benchmarks.verify import Mismatch, check_answers
@@ -83,7 +83,7 @@ def _store(workload: Workload, directory: Path) -> None:
 def _open_each(jobs: Jobs, keys: list[bytes]) -> Generator[None, None, tuple[list[int], list[int], list[bytes | None]]]:
     """Open a job, read one row, close it again, for each key; return what opening and closing took, and the answers."""
     opening, closed, answers = [], [], []
-    for part in parts(keys):
+    for part in parts(keys, TURNS):
         yield
         for key in part:
             begun = perf_counter_ns()

@@ -263,14 +263,17 @@ class Claim:
 
     def _take(self) -> bool:
         """Lock the file; return whether it is still the one of that name when that is done."""
-        _regular_size(self._name)
         try:
             self._handle = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            found = os.fstat(self._handle)
+            odd = not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
         except OSError as error:
+            _regular_size(self._name)  # what it is says more than that it can't be opened
             raise Unavailable(f"can't open the lock file {self._name!r}: {error}") from error
+        if odd:
+            _regular_size(self._name)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found = os.fstat(self._handle)
             if self._is_named(found):
                 if found.st_mode & 0o7777 != 0o600:  # to set it again would write
                     os.fchmod(self._handle, 0o600)

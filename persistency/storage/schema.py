@@ -188,15 +188,17 @@ def connect(
         found = recognise(connection, path, begin=True)
         if connection.readonly("main") and os.access(path, os.W_OK):
             raise Corrupt(f"{str(path)!r} says that nobody may write it", hint="Restore it from a backup.")
-        connection.execute("COMMIT")
+        connection.wal_autocheckpoint(0)  # it runs inside COMMIT and can make a committed write look failed
+        settings = "COMMIT; PRAGMA journal_mode = wal; PRAGMA temp_store = memory"
         if found == 0:
+            connection.execute("COMMIT")
             begins()
             connection.pragma("auto_vacuum", "incremental")  # so that space can be given back in slices
-        if (mode := connection.pragma("journal_mode", "wal")) != "wal":
-            raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {mode!r})")
-        connection.wal_autocheckpoint(0)  # it runs inside COMMIT and can make a committed write look failed
-        # Only now: the journal that a new file has until then needs every one of its syncs.
-        connection.execute(f"PRAGMA temp_store = memory; PRAGMA synchronous = {SYNCHRONOUS[durability]}")
+            settings = settings.removeprefix("COMMIT; ")
+        # `synchronous` last: the journal that a new file has until then needs every one of its syncs.
+        modes = connection.execute(f"{settings}; PRAGMA synchronous = {SYNCHRONOUS[durability]}").fetchall()
+        if modes != [("wal",)]:
+            raise Unavailable(f"{str(path)!r} can't use a write-ahead log (journal mode {modes!r})")
         if found != FORMAT:
             migrate(connection, found)
     except (apsw.Error, UnicodeDecodeError) as error:

@@ -618,10 +618,12 @@ def test_statistics_of_sqlite_are_no_strangers(root: DirectoryRoot) -> None:
 def test_a_file_that_cannot_have_a_log_is_unavailable(root: DirectoryRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where SQLite can't switch to a write-ahead log, opening fails and says so."""
     used(root)
-    real = apsw.Connection.pragma
-    monkeypatch.setattr(schema.apsw, "Connection", type("Without", (apsw.Connection,), {
-        "pragma": lambda self, name, *value: "delete" if name == "journal_mode" else real(self, name, *value)
-    }))  # fmt: skip
+
+    class Without(apsw.Connection):
+        def execute(self, statements: str, *args: Any, **more: Any) -> apsw.Cursor:
+            return super().execute(statements.replace("journal_mode = wal", "journal_mode = delete"), *args, **more)
+
+    monkeypatch.setattr(schema.apsw, "Connection", Without)
     with pytest.raises(Unavailable, match="write-ahead"):
         root.open("alpha", OPTIONS)
 
