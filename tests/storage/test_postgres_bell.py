@@ -91,18 +91,21 @@ def test_who_rings_in_vain_silences_nobody(url: str, job: Job, reader: Reader, r
     assert thread.is_alive()
 
 
-def test_a_ring_in_vain_tells_nobody(url: str, reader: Reader, rung: list[str]) -> None:
+def test_a_ring_in_vain_tells_nobody(url: str, rung: list[str], reader: Reader) -> None:
     """A ring for a job that isn't followed here is no reason to look, and one for a job is one, however it is put."""
     bell, told = bell_of(reader), []
     token = bell.follow("other", lambda state: told.append(state))
-    until(lambda: told == [None], "it is told that there is no such job")
-    for text in ("hello", "7 j", "7 another", "7  other", "7 other "):
-        ring(url, text)
-    ring(url, "seven other")
-    until(lambda: rung[-1:] == ["seven other"], "all was heard")
-    until(lambda: len(told) == 2, "it is told to look")
-    bell.leave(token)
-    assert told == [None, None]
+    try:
+        until(lambda: ring(url, "listens") or "listens" in rung, "it listens")  # type: ignore[func-returns-value]  # it gives None
+        told.clear()  # the versions were asked for when it began to listen, with the other one or without
+        for text in ("hello", "7 j", "7 another", "7  other", "7 other "):
+            ring(url, text)
+        ring(url, "seven other")
+        until(lambda: rung[-1:] == ["seven other"], "all was heard")
+        until(lambda: told != [], "it is told to look")
+    finally:
+        bell.leave(token)
+    assert told == [None]
 
 
 def test_schemas_with_long_names_have_bells_of_their_own() -> None:
