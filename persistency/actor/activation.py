@@ -123,10 +123,10 @@ class Activation:
             return None
         if self.upkeep is None or self._turns.poisoned:
             return None
-        pauses = [self.upkeep.pause()]
+        pauses = [] if (pause := self.upkeep.pause()) is None else [pause]
         if self._slot is not None and self._slot.idle_ttl is not None:
             left = self._turns.used_at + self._slot.idle_ttl - monotonic()
             pauses.append(left if left > 0 else self._slot.idle_ttl)  # something keeps it from resting
         if (left_ms := self._turns.time_left_ms) is not None:
             pauses.append(max(0.1, left_ms / 1000))
-        return min((pause for pause in pauses if pause is not None), default=None)
+        return min(pauses, default=None)

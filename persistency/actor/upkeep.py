@@ -70,11 +70,12 @@ class Upkeep:
         if self._mailbox.idle:
             self._mailbox.note_empty()
         self._look()
-        times = [at for at in (self._sync_at, self._fold_at, self._carry_at or None) if at is not None]
-        pauses = [max(0.0, min(times) - monotonic())] if times else []
-        if (rows := self._pause_for_rows()) is not None:
-            pauses.append(rows)
-        return min(pauses, default=None)
+        rows = self._pause_for_rows()
+        times = [at for at in (self._sync_at, self._fold_at, self._carry_at) if at]
+        if not times:
+            return rows
+        pause = max(0.0, min(times) - monotonic())
+        return pause if rows is None else min(pause, rows)
 
     def _pause_for_rows(self) -> float | None:
         # In this order: whoever writes meanwhile finds no plan, and rings.

@@ -11,10 +11,12 @@ Doesn't know: directories, what is in a file.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from persistency.errors import Misuse
 
 FILE_NAME_BYTES_MAX = 200
+_NAMES_KEPT_MAX = 256
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-.")
 _WRITTEN = {byte: chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in range(256)}
@@ -31,6 +33,12 @@ def file_name(job_id: str) -> str:
     """
     if not isinstance(job_id, str):
         raise Misuse(f"job_id must be a str, not {type(job_id).__name__}: pass the id as text")
+    return _named(job_id)
+
+
+# An opening asks twice, and so does whoever goes by id, at each call.
+@lru_cache(_NAMES_KEPT_MAX)
+def _named(job_id: str) -> str:
     if not job_id:
         raise Misuse("job_id is empty: pass a text of at least one character, or none for a fresh id")
     try:
