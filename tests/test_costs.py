@@ -191,7 +191,7 @@ def test_a_request_steps_no_statement_more_than_before(name: str, tmp_path: Path
 # virtual machine, and how often the system is asked for something.
 OPENING = {"BEGIN;": 1, "PRAGMA": 7, "SELECT": 2, "COMMIT;": 1}
 OPENING_STEPS = 98
-OPENING_CALLS = {"lstat": 7, "open": 1, "fstat": 1, "pread": 1}
+OPENING_CALLS = {"lstat": 6, "open": 1, "fstat": 1, "pread": 1}
 CLOSING_CALLS = {"open": 1, "lstat": 4, "fstat": 2, "pwrite": 1, "close": 2}
 
 

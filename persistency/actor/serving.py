@@ -25,7 +25,7 @@ from persistency.actor.reply import Reply
 from persistency.actor.settling import Answer, Debts, pending, settle_all, tell_if_unseen
 from persistency.actor.slot import Slot
 from persistency.actor.tally import Statistics, Tally
-from persistency.actor.turns import Harm, Turns
+from persistency.actor.turns import Harm, Turns, nothing
 from persistency.actor.waiters import Waiters
 from persistency.errors import Closed, PersistencyError
 from persistency.storage.port import PLACES, Barrier, Failed, Group, Store, writes
@@ -68,8 +68,7 @@ class Serving:
             job_id, mailbox, self.turns, self._tally, self.waiters, clock, open_store, sync_interval, slot
         )
         self._slot = slot
-        self.ended: Callable[[], object] = lambda: None  # called when the store is closed for good
-        self._serve_late = partial(self.serve, patience=LATE_TURN_SECONDS_MAX)
+        self.ended: Callable[[], object] = nothing  # called when the store is closed for good
         self._resting = False  # without a store and a thread, until somebody posts
         self._over = False  # the thread has nothing left to do
         self._ended = False  # the store is closed, for good
@@ -121,8 +120,12 @@ class Serving:
         self.ended()
         answers += [(self.opened, None, error), *self._last_answers(None)]
         self._over = self._ended = True
+        self._let_go()
 
     # -- one turn ------------------------------------------------------------------------------------------------
+
+    def _serve_late(self) -> None:
+        self.serve(patience=LATE_TURN_SECONDS_MAX)
 
     def serve(self, *, patience: float = 0.0) -> None:
         """Run one turn; with `patience`, wait so many seconds for it if somebody else has it."""
@@ -233,6 +236,12 @@ class Serving:
         self.ended()
         answers += self._last_answers(self._failures.take() or error)
         self._over = self._ended = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Have nobody refer to this any more but who has asked: so it is freed with the last handle, at once."""
+        self.ended = self.turns.written = nothing
+        self.mailbox.unattend(nothing)
 
     def _last_answers(self, error: BaseException | None) -> list[Answer]:
         if error is not None:

@@ -56,6 +56,10 @@ RETRY_SECONDS_MIN = 0.05
 RETRY_SECONDS_MAX = 1.0
 
 
+def nothing() -> None:
+    """Do nothing, for whom nobody has to be told."""
+
+
 class Harm(Exception):
     """What poisons a job. `cause` is why, `outcome` what became of the group in hand."""
 
@@ -85,7 +89,7 @@ class Turns:
         self.used_at: float = monotonic()
         self._hurry: threading.Event | None = None  # made by the first stall; set: don't wait for what stalls
         self.discards: bool = False
-        self.written: Callable[[], None] = lambda: None
+        self.written: Callable[[], None] = nothing
         self._job_id = job_id
         self._mailbox = mailbox
         self._accounts = accounts

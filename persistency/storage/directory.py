@@ -55,9 +55,9 @@ class DirectoryRoot:
             if there.database is None:
                 self._adopt(job_id)
                 there = files.clear_leftovers(path)
-            connection, stored = self._connect(job_id, path, claim, options, there)
+            connection, stored, there = self._connect(job_id, path, claim, options, there)
             try:
-                return SqliteStore(connection, stored, options, path, claim, self._vfs, left_log=bool(there.log))
+                return SqliteStore(connection, stored, options, path, claim, there, self._vfs)
             except BaseException:
                 schema.close(connection)
                 raise
@@ -83,9 +83,11 @@ class DirectoryRoot:
         return SqliteReader(self.path(job_id), job_id, now_ms, self._vfs)
 
     def _connect(
-        self, job_id: str, path: str, claim: files.Claim, options: StoreOptions, there: files.Sizes
-    ) -> tuple[apsw.Connection, dict[str, int]]:
-        """Return a connection to the job's file, or to a fresh one, if the job has ended; and the file's numbers."""
+        self, job_id: str, path: str, claim: files.Claim, options: StoreOptions, there: files.Found
+    ) -> tuple[apsw.Connection, dict[str, int], files.Found]:
+        """Return a connection to the job's file, or to a fresh one, if the job has ended; the file's numbers; and what
+        was there before.
+        """
         if not there.database:
             if options.must_exist:
                 raise Corrupt(
@@ -115,7 +117,7 @@ class DirectoryRoot:
                         raise Misuse(f"job {job_id!r} is there for good: leave ttl out, or drop the job first")
                     connection.execute(schema.NOTE, (schema.ENDS, options.expires_ms))
                     stored[schema.ENDS] = options.expires_ms
-                return connection, stored
+                return connection, stored, there
             # What is to be deleted must be certain. A record that isn't there, or is damaged, contradicts nothing.
             if claim.record.used_ms is not None and claim.record.expires_ms != ends_ms:
                 raise Corrupt(f"{path!r} says it has ended, but its lock file doesn't", hint="Drop the job.")
@@ -126,7 +128,7 @@ class DirectoryRoot:
         schema.close(connection)
         files.remove(path, lock=False)
         claim.note(0, options.now_ms, None)
-        return self._connect(job_id, path, claim, options, files.Sizes(None, 0, 0))
+        return self._connect(job_id, path, claim, options, files.Found())
 
     def _adopt(self, job_id: str) -> None:
         """Take over a file of the Nim original, which was named by the id as it stands."""

@@ -74,22 +74,26 @@ def sidecars(path: str | Path) -> list[Path]:
     return [Path(text + suffix) for suffix in SIDECARS]
 
 
-class Sizes(NamedTuple):
-    """What lies in a job's place, in bytes: its database (`None`: nothing), and the log and the journal beside it."""
+class Found(NamedTuple):
+    """What lies in a job's place, in bytes: its database (`None`: nothing), and the log and the journal beside it.
 
-    database: int | None
-    log: int
-    journal: int
+    `identity` is what tells the database from others that may get its name.
+    """
+
+    database: int | None = None
+    log: int = 0
+    journal: int = 0
+    identity: tuple[int, int] | None = None
 
 
 def check_regular(path: Path) -> bool:
     """Return whether the file exists. Raises `Unavailable` if it is anything but a regular file with one name."""
-    return _regular_size(str(path)) is not None
+    return _regular(str(path)) is not None
 
 
 # Names are text here: an opening looks at many of them, and a `Path` costs more than to look.
-def _regular_size(path: str) -> int | None:
-    """Return the size of a file, or `None` if there is none. Raises what `check_regular` does."""
+def _regular(path: str) -> os.stat_result | None:
+    """Return what the system says of a file, or `None` if there is none. Raises what `check_regular` does."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -102,7 +106,7 @@ def _regular_size(path: str) -> int | None:
         raise Unavailable(f"{path!r} is {kind}, not a job's file", hint="Move it away; nothing was touched.")
     if found.st_nlink > 1:
         raise Unavailable(f"{path!r} has {found.st_nlink} names (hard links)", hint="Keep a copy, not a link.")
-    return found.st_size
+    return found
 
 
 def size(path: Path) -> int | None:
@@ -114,28 +118,30 @@ def size(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def look(path: str | Path) -> Sizes:
+def look(path: str | Path) -> Found:
     """Return what lies in a job's place. Raises what `check_regular` does, `Corrupt` for a log without its database."""
     name = str(path)
-    log, _index, journal = [_regular_size(name + suffix) for suffix in SIDECARS]
-    database = _regular_size(name)
+    beside = [_regular(name + suffix) for suffix in SIDECARS]
+    log, _index, journal = [0 if file is None else file.st_size for file in beside]
+    file = _regular(name)
+    database = None if file is None else file.st_size
     # SQLite would clear the log of an empty file away.
     if not database and log:
         raise Corrupt(
             f"{name!r} is {'gone' if database is None else 'empty'}, but its write-ahead log is still there",
             hint="Bring the file back, or clear the rest away with drop_job(job_id).",
         )
-    return Sizes(database, log or 0, journal or 0)
+    return Found(database, log, journal, None if file is None else (file.st_dev, file.st_ino))
 
 
-def clear_leftovers(path: str | Path) -> Sizes:
+def clear_leftovers(path: str | Path) -> Found:
     """Look; without a database, clear away what SQLite would take for a part of a new one."""
     there = look(path)
     if there.database is not None:
         return there
     for beside in sidecars(path):
         beside.unlink(missing_ok=True)
-    return Sizes(None, 0, 0)
+    return Found()
 
 
 def prepare(path: str | Path) -> bool:
@@ -268,10 +274,10 @@ class Claim:
             found = os.fstat(self._handle)
             odd = not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
         except OSError as error:
-            _regular_size(self._name)  # what it is says more than that it can't be opened
+            _regular(self._name)  # what it is says more than that it can't be opened
             raise Unavailable(f"can't open the lock file {self._name!r}: {error}") from error
         if odd:
-            _regular_size(self._name)
+            _regular(self._name)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_named(found):

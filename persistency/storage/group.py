@@ -35,7 +35,7 @@ from persistency.storage.port import (
     SwapRow,
 )
 from persistency.storage.schema import translated
-from persistency.storage.table import Table
+from persistency.storage.table import ANSWERS, Table
 
 # What a message can be guilty of by itself; anything else that is raised is the environment's fault.
 OWN_FAULTS = (
@@ -67,27 +67,20 @@ class ReadFault(Exception):
 
 
 class Groups:
-    """Runs groups against a table; `more` says how kinds of messages are answered that the table doesn't know."""
+    """Runs groups against a table; `more` answers messages of the kinds that aren't about rows."""
 
-    def __init__(self, connection: apsw.Connection, table: Table, more: dict[type, Callable[[Any], Any]]) -> None:
+    def __init__(self, connection: apsw.Connection, table: Table, more: Callable[[Any], Any]) -> None:
         self._connection = connection
         self._table = table
         self._execute = table.execute
-        self._answers: dict[type, Callable[[Any], Any]] = {
-            **table.answers,
-            Batch: self._batch,
-            Expect: self._expect,
-            Barrier: lambda _message: None,
-            **more,
-        }
-
-    def knows(self, kind: type) -> bool:
-        """Say whether there are messages of a kind."""
-        return kind in self._answers
+        self._more = more
 
     def answer(self, message: Any) -> Any:
         """Return the answer of one message."""
-        return self._answers[type(message)](message)
+        kind = type(message)
+        if kind in ANSWERS:
+            return ANSWERS[kind](self._table, message)
+        return self._more(message) if kind not in _OWN else _OWN[kind](self, message)
 
     def together(self, group: Group, refused: Refused) -> list[Any]:
         """Run a group, neighbours together; `refused` are the outcomes already known, by the message's number."""
@@ -174,9 +167,9 @@ class Groups:
         if kind is Run:
             return self._run(message, at)
         if kind not in READS:
-            return self._answers[kind](message)
+            return self.answer(message)
         try:
-            return self._answers[kind](message)
+            return self.answer(message)
         except (apsw.Error, UnicodeDecodeError) as error:
             if is_write_fault(error):
                 raise  # there was no room to read into: the group's own pages had to be written first
@@ -222,6 +215,14 @@ class Groups:
         return outcome
 
 
+# What is answered here, and not by the table.
+_OWN: dict[type, Callable[[Groups, Any], Any]] = {
+    Batch: Groups._batch,
+    Expect: Groups._expect,
+    Barrier: lambda _groups, _message: None,
+}
+
+
 class Inside:
     """What a run's function gets. `broken` is what has ended its transaction, or harmed it: a read's `StorageError` or
     a write's own exception.
@@ -242,7 +243,7 @@ class Inside:
         if self.broken is not None:
             raise translated(self.broken, "the transaction is broken")
         kind = type(message)
-        if kind in (Barrier, Reap, Expect) or not (kind is Run or self._groups.knows(kind)):
+        if kind in (Reap, Expect) or not (kind in ANSWERS or kind in (Batch, Run)):
             raise Misuse(f"{kind.__name__} has no place inside a run")
         outcome = self._read(message, kind) if kind in READS else self._apply(message, kind)
         if type(outcome) is Failed:

@@ -38,7 +38,7 @@ import apsw
 from persistency.errors import Corrupt, DiskFull, Forked, SchemaTooNew, StorageError, Unavailable
 from persistency.logfields import about
 from persistency.storage import inherited
-from persistency.storage.files import Sizes, look, size
+from persistency.storage.files import Found, look, size
 from persistency.storage.port import PAYLOAD_BYTES_MAX, Durability
 
 log: logging.Logger = logging.getLogger("persistency.storage")
@@ -166,7 +166,7 @@ def connect(
     durability: Durability,
     vfs: str | None = None,
     begins: Callable[[], None] = lambda: None,
-    there: Sizes | None = None,
+    there: Found | None = None,
 ) -> apsw.Connection:
     """Open a job's database file and bring it to the current format; `begins` may refuse to begin an empty one.
 

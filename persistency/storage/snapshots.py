@@ -23,7 +23,7 @@ from persistency.storage import inherited, meta, schema
 from persistency.storage.changes import DROPPED, Changes, has_changes
 from persistency.storage.port import Failed, ListChanges
 from persistency.storage.quota import USED, USED_MS, Quota
-from persistency.storage.table import LATEST_MS, Table
+from persistency.storage.table import ANSWERS, LATEST_MS, Table
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Snapshots:
         assert table is not None
         if type(message) is ListChanges and table.changes is None:
             return Failed(Misuse(f"job {self._job_id!r} keeps no changes: have it opened with feed_changes_max=10_000"))
-        return table.answers[type(message)](message)
+        return ANSWERS[type(message)](table, message)
 
     def _end(self) -> None:
         if self._connection.in_transaction:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from persistency.errors import Corrupt, StorageError
 from persistency.logfields import about
 from persistency.storage import checking, copying, meta, schema
 from persistency.storage.beside import keep_beside
-from persistency.storage.files import Claim
+from persistency.storage.files import Claim, Found, identity
 from persistency.storage.folding import Folding
 from persistency.storage.group import OWN_FAULTS, Groups, ReadFault, intent
 from persistency.storage.pagecache import PageCache
@@ -62,7 +63,7 @@ _PAYLOAD = "SELECT CAST(payload AS BLOB) FROM kv WHERE category = ? AND key = ?"
 class SqliteStore(Folding):
     """A job's rows in one SQLite file, `path`, whose ownership, `claim`, is given up at `close`.
 
-    `stored` are its numbers; `left_log`: there was a log beside it before it was opened.
+    `stored` are its numbers, `found` is what was there before it was opened.
     """
 
     reads_in_place = True
@@ -74,9 +75,8 @@ class SqliteStore(Folding):
         options: StoreOptions,
         path: str,
         claim: Claim,
+        found: Found,
         vfs: str | None = None,
-        *,
-        left_log: bool = False,
     ) -> None:
         schema.own_log(connection)
         self.options = options
@@ -97,16 +97,16 @@ class SqliteStore(Folding):
             self._outdated = keep_beside(connection, self._table, options, stored)
         except (apsw.Error, UnicodeDecodeError) as error:
             raise schema.translated(error, "can't read what is kept beside the rows") from error
-        self._groups = Groups(connection, self._table, _answers(connection, path, vfs))
+        self._groups = Groups(connection, self._table, partial(_answer, connection, path, vfs))
         self._execute = self._table.execute
         self._committing = False  # when the error came that is on its way
         self._short_read = False  # the last error was one
         self._noted: dict[str, int] = {}  # what the file says, of that which is kept beside the rows
         self._clean = stored.get("clean") == 1
-        self._watch = Watch(path)
+        self._watch = Watch(path, found.identity or identity(path))
         try:
             connection.set_wal_hook(self._log.note_commit)
-            if left_log:
+            if found.log:
                 self._take_over(max(options.now_ms, latest_ms))
             self._take_note(opening=True)
         except BaseException:
@@ -385,11 +385,14 @@ class SqliteStore(Folding):
             log.warning("a job's file couldn't be made smaller: %s", error, extra=fields)
 
 
-def _answers(connection: apsw.Connection, path: str, vfs: str | None) -> dict[type, Callable[[Any], Any]]:
-    """Return how messages about the whole file are answered."""
-    return {
-        BackUp: lambda message: copying.back_up(Path(path), message.target, vfs=vfs),
-        CheckUp: lambda _message: checking.check(Path(path), vfs=vfs),
-        Extent: lambda _message: connection.pragma("page_count") * schema.PAGE_BYTES,
-        GiveBack: lambda message: copying.give_back(connection, message.pages),
-    }
+# How messages about the whole file are answered.
+_OF_FILE: dict[type, Callable[[apsw.Connection, Path, str | None, Any], Any]] = {
+    BackUp: lambda _connection, path, vfs, message: copying.back_up(path, message.target, vfs=vfs),
+    CheckUp: lambda _connection, path, vfs, _message: checking.check(path, vfs=vfs),
+    Extent: lambda connection, _path, _vfs, _message: connection.pragma("page_count") * schema.PAGE_BYTES,
+    GiveBack: lambda connection, _path, _vfs, message: copying.give_back(connection, message.pages),
+}
+
+
+def _answer(connection: apsw.Connection, path: str, vfs: str | None, message: Any) -> Any:
+    return _OF_FILE[type(message)](connection, Path(path), vfs, message)

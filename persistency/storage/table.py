@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Final
 
 import apsw
 
@@ -95,26 +95,6 @@ class Table:
         self.execute: Callable[..., Any] = connection.cursor().execute
         self.next_expiry_ms: int | None = None  # see `learn_ends`, and so is this:
         self.has_ends: bool = True  # there may be a row with one
-        self.answers: dict[type, Callable[[Any], Any]] = {
-            SetRow: self.set_row,
-            DropRow: self.drop_row,
-            DropRange: self.drop_range,
-            SwapRow: self.swap,
-            TouchRow: self.touch,
-            Reap: self.reap,
-            GetRow: lambda message: self.get(message.category, message.key, self.now_ms),
-            HasRow: self.has,
-            GetEntry: self.entry,
-            GetRows: self.get_rows,
-            ScanRange: self.scan,
-            CountRange: self.count,
-            ListCategories: self.categories,
-            ListEntries: self.entries,
-            ListRows: self.list_rows,
-            UsedBytes: lambda _message: self.used(),
-            ListChanges: self.list_changes,
-            LastVersion: lambda _message: self.version,
-        }
 
     # -- what is kept beside the rows ----------------------------------------------------------------------------
 
@@ -388,3 +368,27 @@ class Table:
         if stop is None:
             return sql, (category, start, self.now_ms)
         return sql + " AND key < ?4", (category, start, self.now_ms, stop)
+
+
+# How each kind of message is answered. With the class, not with each table: a job that opens doesn't make it anew, and
+# one that is closed is freed at once, because nothing of its own refers to it.
+ANSWERS: Final[dict[type, Callable[[Table, Any], Any]]] = {
+    SetRow: Table.set_row,
+    DropRow: Table.drop_row,
+    DropRange: Table.drop_range,
+    SwapRow: Table.swap,
+    TouchRow: Table.touch,
+    Reap: Table.reap,
+    GetRow: lambda table, message: table.get(message.category, message.key, table.now_ms),
+    HasRow: Table.has,
+    GetEntry: Table.entry,
+    GetRows: Table.get_rows,
+    ScanRange: Table.scan,
+    CountRange: Table.count,
+    ListCategories: Table.categories,
+    ListEntries: Table.entries,
+    ListRows: Table.list_rows,
+    UsedBytes: lambda table, _message: table.used(),
+    ListChanges: Table.list_changes,
+    LastVersion: lambda table, _message: table.version,
+}

@@ -19,12 +19,15 @@ _TICK_NS = 100_000_000
 
 
 class Watch:
-    """Sees when a job's database or log is no longer what is found under its name."""
+    """Sees when a job's database or log is no longer what is found under its name.
 
-    def __init__(self, name: str) -> None:
+    `found` is the database's identity when it was looked at, before it was opened.
+    """
+
+    def __init__(self, name: str, found: tuple[int, int] | None) -> None:
         self._name = name
         self._folder = -1  # the directory, open once it was looked at
-        self._found = {path: identity(path) for path in (name, name + LOG)}
+        self._found = {name: found, name + LOG: identity(name + LOG)}
         self._changed_ns = -1  # the directory's, when it was last looked through
 
     def check(self, *, thorough: bool = False) -> None:
